@@ -1,0 +1,1 @@
+"""Any source of rows to typed rows with their origin."""

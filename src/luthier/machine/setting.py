@@ -1,0 +1,69 @@
+"""The cap on oneDNN's instructions: set where AMX is not known to be sound, and which setting is in force in this process.
+
+oneDNN reads the variable once, when torch first computes with it; what is set later changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from luthier.machine.answer import CAPPED, UNCAPPED, known
+
+CAP_NAMES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN reads the first of these that is set
+CAP = "AVX512_CORE_BF16"  # the last level below AMX
+MARK = "LUTHIER_CAPPED"  # tells child processes that the cap is luthier's and not the user's
+
+_earlier: set[str] = set()  # settings that torch may already have read when luthier changed them
+
+
+def cap() -> None:
+    """Hold oneDNN below AMX unless AMX is known to be sound here, or the user chose. Costs a file read; imports neither torch nor NumPy."""
+    if given() is not None:
+        return
+    answer = known()
+    if answer is None or not answer.needs_no_cap:
+        _change({CAP_NAMES[0]: CAP, MARK: "1"})
+    else:
+        lift()
+
+
+def lift() -> None:
+    """Take back luthier's cap; a user's stays."""
+    if ours():
+        _change({})
+
+
+def ours() -> bool:
+    """Whether the cap is luthier's: of this process, or of the one that started it."""
+    return MARK in os.environ and os.environ.get(CAP_NAMES[0]) == CAP
+
+
+def given() -> tuple[str, str] | None:
+    """The variable that the user set, and its value."""
+    return None if ours() else next(((name, os.environ[name]) for name in CAP_NAMES if name in os.environ), None)
+
+
+def in_force() -> list[str]:
+    """The settings of which one is in force here: `uncapped`, `capped`, or what else the user gave. More than one where torch may have computed before a change."""
+    return sorted({*_earlier, _setting()})
+
+
+def pristine_environment() -> dict[str, str]:
+    """The environment without what luthier has set in it: for programs that are measured beside it."""
+    set_here = (CAP_NAMES[0], MARK) if ours() else (MARK,)
+    return {name: value for name, value in os.environ.items() if name not in set_here}
+
+
+def _change(values: dict[str, str]) -> None:
+    before = _setting()
+    for name in (CAP_NAMES[0], MARK):
+        os.environ.pop(name, None)
+    os.environ.update(values)
+    if "torch" in sys.modules and _setting() != before:
+        _earlier.add(before)
+
+
+def _setting() -> str:
+    found = CAP if ours() else (given() or ("", ""))[1].upper()
+    return {"": UNCAPPED, "ALL": UNCAPPED, "DEFAULT": UNCAPPED, CAP: CAPPED}.get(found, found)

@@ -1,0 +1,1 @@
+"""Methods that fit a model to a job."""

@@ -1,0 +1,92 @@
+"""What is told before anything is computed: the rows, the first examples as the model reads them, the plan, and whether memory, disk and time will do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from luthier import machine
+from luthier.anatomy import Workload
+from luthier.errors import UserError
+from luthier.verbs.job import Job
+
+NEAR = 0.7  # of the free memory: from here on the longest batch is tried first
+EFFICIENCY = 0.25  # of the measured matrix-product ceiling that training on real batches was seen to reach
+
+
+@dataclass(frozen=True)
+class Report:
+    """lines: to be shown. memory: bytes, with what the process holds already. tight: the estimate comes near the memory that is free."""
+
+    lines: list[str] = field(default_factory=list)
+    memory: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    tight: bool = False
+
+
+def examine(job: Job, out: Path, device: str) -> Report:
+    """Raises UserError where the run cannot fit into memory or onto the disk."""
+    recipe = job.recipe
+    train = job.features["train"]
+    steps = recipe.max_steps or math.ceil(job.chosen["epochs"].value * math.ceil(len(train) / recipe.batch_size))
+    micro = min(recipe.micro_batch_size or recipe.batch_size, len(train))
+    longest = max(f.length for part in job.features.values() for f in part)
+    memory = job.anatomy.memory(Workload(batch=micro, length=longest), trainable=job.plan.trainable, reached=job.plan.reached)
+    free = machine.memory().available if device == "cpu" else _cuda_free()
+    if memory > 1.5 * free:
+        raise UserError(
+            f"The longest batch ({micro} rows of {longest} tokens) needs about {_bytes(memory)}, and {_bytes(free)} are free. "
+            f"Give --micro-batch-size {max(1, micro // 4)} (the result stays the same), a smaller --max-length, or a method that trains less."
+        )
+    held = machine.resident() if device == "cpu" else 0
+    disk = _disk_needed(job)
+    if disk > machine.free_disk(out):
+        raise UserError(f"The run needs about {_bytes(disk)} on the disk of {out.absolute().parent}, and {_bytes(machine.free_disk(out))} are free. Make room, or give --out on another disk.")
+    seconds = _seconds(job, steps, device)
+    lines = [
+        f"data     {len(train):,} train, {len(job.splits.validation):,} validation, {len(job.splits.test):,} test rows",
+        *(f"  {note}" for note in job.notes),
+        *_examples(job),
+        *job.plan.lines(),
+        *(f"  {name} {chosen.value:g} ({chosen.origin})" for name, chosen in job.chosen.items()),
+        f"estimate {steps} steps, about {_duration(seconds)}, {_bytes(memory + held)} of memory ({_bytes(held)} held, {_bytes(free)} free), {_bytes(disk)} of disk",
+    ]
+    return Report(lines, memory + held, seconds, steps, memory > NEAR * free)
+
+
+def _examples(job: Job, count: int = 1) -> list[str]:
+    return [f"  row {i + 1} reads: {job.task.describe(job.splits.train[i], job.features['train'][i], job.tokenizer)}" for i in range(min(count, len(job.splits.train)))]
+
+
+def _seconds(job: Job, steps: int, device: str) -> float:
+    """Forward and backward products of the real tokens, and the test rows once, at a share of this machine's ceiling."""
+    train = job.features["train"]
+    mean = max(1, round(sum(f.length for f in train) / len(train)))
+    rows = steps * job.recipe.batch_size
+    backward = (1 + job.plan.trainable / job.plan.total) * job.plan.reached / len(job.anatomy.blocks)
+    forward = job.anatomy.macs(Workload(batch=1, length=mean)) * 2
+    flop = forward * (rows * (1 + backward) + len(job.splits.test) + len(job.splits.validation) * max(1, job.chosen["epochs"].value))
+    return 5 + flop / (machine.ceiling(job.precision, device) * EFFICIENCY)
+
+
+def _disk_needed(job: Job) -> int:
+    """The model once, and three checkpoints of what learns with its two Adam moments."""
+    return 4 * job.anatomy.parameters + 3 * 3 * 4 * job.plan.trainable + 10_000_000
+
+
+def _cuda_free() -> int:
+    import torch
+
+    return torch.cuda.mem_get_info()[0]
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds / 5) * 5} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
