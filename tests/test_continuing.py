@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,17 @@ def test_a_run_cannot_take_the_place_of_what_it_is_made_from(base: Path, tmp_pat
     with pytest.raises(UserError, match="from which it would be made"):
         adapt(one.path, base, "lora", overwrite=True)
     assert logits(luthier.load(one.path)) is not None
+
+
+def test_a_chain_can_move(base: Path, tmp_path: Path) -> None:
+    """Each link takes the new place of the one below it, and those above still know it."""
+    stock = shutil.copytree(base, tmp_path / "stock")
+    one = adapt(stock, tmp_path / "one", "adapter(reduction=4)")
+    two = adapt(one.path, tmp_path / "two", "lora", save="adapter")
+    before = logits(two)
+    stock.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="which is not there"):
+        luthier.load(two.path).model
+    record = tmp_path / "one" / "luthier.json"
+    record.write_text(record.read_text(encoding="utf-8").replace(str(stock), str(tmp_path / "moved")), encoding="utf-8")
+    assert torch.equal(logits(luthier.load(two.path)), before)

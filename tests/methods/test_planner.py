@@ -83,3 +83,12 @@ def test_gradients_reach_down_to_the_lowest_block_that_learns(stack: str, reache
     assert found.reached == reached
     full = Anatomy.of(model).memory(Workload(4, 16), 0)
     assert (Anatomy.of(model).memory(Workload(4, 16), 0, found.reached) < full) == (reached < 3)
+
+
+def test_apply_refuses_what_would_leave_random_weights_before_it_makes_them() -> None:
+    model = tiny_model("bert", "AutoModelForSequenceClassification")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match="throws away the trained values"):
+        luthier.apply(model, "reinit(top=1)|lora")
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+    assert luthier.apply(model, "reinit(top=1)|full") is model

@@ -44,8 +44,9 @@ def test_the_old_run_stays_until_the_new_one_is_complete(tmp_path: Path) -> None
     folder.start(overwrite=True)
     assert (folder.path / "word").read_text(encoding="utf-8") == "old"
     folder.release()
+    (tmp_path / "run.old").mkdir()  # a folder of the user's
     complete(RunFolder(tmp_path / "run"), "new", overwrite=True)
-    assert (folder.path / "word").read_text(encoding="utf-8") == "new" and [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert (folder.path / "word").read_text(encoding="utf-8") == "new" and sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old"]
 
 
 def test_an_unfinished_run_is_gone_on_with_or_begun_anew(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from luthier.tasks.text_classification import TextClassification
 from luthier.tasks.text_generation import TextGeneration
 from luthier.tasks.token_classification import TokenClassification
 from luthier.training import checkpoints
-from luthier.training.batching import epoch_batches, micro_batches
+from luthier.training.batching import epoch_batches, micro_batches, steps_per_epoch
 from luthier.training.schedule import factor
 from luthier.training.trainer import Trainer, TrainingInterrupted, TrainingSettings
 from luthier.verbs.job import encode
@@ -126,6 +126,14 @@ def test_batches_hold_every_row_once_and_repeat_themselves() -> None:
     assert micro_batches([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 18, 33, 16 * 32 + 1])
+@pytest.mark.parametrize("smallest", [1, 2])
+def test_a_batch_is_never_smaller_than_asked_where_there_are_rows_enough(rows: int, smallest: int) -> None:
+    batches = epoch_batches([5] * rows, 16, seed=0, epoch=0, smallest=smallest)
+    assert sorted(i for batch in batches for i in batch) == list(range(rows)) and len(batches) == steps_per_epoch(rows, 16, smallest)
+    assert min(map(len, batches)) >= min(smallest, rows) and max(map(len, batches)) < 16 + smallest
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules_rise_then_fall(schedule: str) -> None:
     rates = [factor(step, 100, 0.1, schedule) for step in range(100)]
@@ -155,8 +163,21 @@ def test_an_infinite_loss_names_the_rows_and_keeps_the_checkpoint(tmp_path: Path
 def test_a_parameter_without_a_gradient_is_named(tmp_path: Path) -> None:
     model, task, rows, features = setup()
     model.register_parameter("forgotten", nn.Parameter(torch.zeros(3)))
-    with pytest.raises(UserError, match="no gradient in two steps: forgotten"):
+    with pytest.raises(UserError, match="no gradient in 2 steps: forgotten"):
         Trainer(model, task, features, None, TOKENIZER, SETTINGS, tmp_path, rows=rows).fit()
+
+
+def test_rows_that_move_nothing_raise_no_alarm(tmp_path: Path) -> None:
+    """Pairs of which two batches hold one each would never show a gradient."""
+
+    class Still(type(setup()[1])):  # type: ignore[misc]
+        def loss(self, model: nn.Module, batch: Any) -> Any:
+            term = super().loss(model, batch)
+            return replace(term, sum=term.sum * (0.0 if trainer.state["step"] in (0, 2) else 1.0))
+
+    model, task, rows, features = setup()
+    trainer = Trainer(model, Still(task.labels), features, None, TOKENIZER, SETTINGS, tmp_path, rows=rows)  # type: ignore[attr-defined]
+    assert trainer.fit().steps == 5 and trainer.state["moves"] == 2
 
 
 def test_batch_losses_refuse_to_be_split(tmp_path: Path) -> None:
@@ -172,6 +193,8 @@ def test_the_best_checkpoint_is_restored_and_patience_stops(tmp_path: Path) -> N
     assert result.reason == "early stopping" and result.steps < 200
     best, record = checkpoints.read(tmp_path / "checkpoints" / "best")
     assert record["step"] == result.best_step and all(torch.equal(found[name], best[name]) for name in found)
+    again, resumed = train(tmp_path, settings, dtype=torch.float32, validation=True, resume=True)  # killed between its end and what follows
+    assert (resumed.reason, resumed.steps) == ("early stopping", result.steps) and all(torch.equal(found[name], again[name]) for name in found)
 
 
 @pytest.mark.parametrize("settings", [replace(SETTINGS, max_steps=11, micro_batch_size=3, checkpoint_every=0.0), replace(SETTINGS, max_steps=11, checkpoint_every=0.0)])
@@ -202,6 +225,8 @@ def test_other_settings_are_refused_on_resume(tmp_path: Path) -> None:
     train(tmp_path, replace(SETTINGS, checkpoint_every=0.0))
     with pytest.raises(UserError, match="another lr"):
         train(tmp_path, replace(SETTINGS, lr=5e-3), resume=True)
+    with pytest.raises(UserError, match="another base model"):
+        train(tmp_path, SETTINGS, resume=True, identity={"base model": "other"})
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import luthier
 from luthier import UserError
-from luthier.contract.texts import tiny_rows, write_jsonl
+from luthier.contract.texts import tiny_folder, tiny_rows, write_jsonl
 from luthier.verbs.console import Console
 
 
@@ -72,7 +72,7 @@ def test_a_source_that_changed_is_not_measured_as_if_it_were_unseen(made, tmp_pa
         (("--columns", "lable=x"), "Did you mean 'label'"),
         (("--where", "lang=swa"), "has no column 'lang'"),
         (("--data", "{rows}", "--columns", "label=nothing"), "lacks the column 'nothing' (for label)"),
-        (("--data", "{labels}"), "does not know the label 'colour'. Did you mean 'color'"),
+        (("--data", "{labels}"), "the label 'colour' occurs in no training row. Did you mean 'color'"),
         (("--data", "nowhere.csv"), "There is no file or folder"),
     ],
 )
@@ -81,3 +81,26 @@ def test_mistakes(flags: tuple[str, ...], expected: str, made, call, tmp_path: P
     labels = write_jsonl(tmp_path / "labels.jsonl", [{"text": "a boat", "label": "colour"}])
     ended = call("evaluate", made("merged"), *(flag.format(rows=rows, labels=labels) for flag in flags), "--json")
     assert ended.status == 2 and expected in ended.err and not ended.out, ended.err
+
+
+@pytest.mark.parametrize(
+    "row,expected",
+    [
+        ({"tokens": ["a", "boat"], "tags": ["O"]}, "2 words, but 1 tags"),
+        ({"tokens": ["a", "boat"], "tags": ["O", "B-SHIP"]}, "the tag 'B-SHIP' occurs in no training row"),
+    ],
+)
+def test_rows_that_the_task_cannot_measure(row: dict, expected: str, made, call, tmp_path: Path) -> None:
+    ended = call("evaluate", made("tags"), "--data", write_jsonl(tmp_path / "rows.jsonl", [row]))
+    assert ended.status == 2 and f"rows.jsonl:1: {expected}" in ended.err, ended.err
+
+
+def test_a_column_that_only_some_sets_have_may_be_missing(tmp_path: Path) -> None:
+    """A second text is optional in training, so it is optional later too; one that is asked for is not."""
+    rows = [row | ({"text_pair": "a tree"} if i % 2 else {}) for i, row in enumerate(tiny_rows("text-classification", 80))]
+    model = tiny_folder(tmp_path / "model")
+    run = luthier.adapt(model, write_jsonl(tmp_path / "rows.jsonl", rows), out=tmp_path / "run", columns={"text_pair": "text_pair"}, max_steps=2, baselines=False, console=Console(quiet=True))
+    single = write_jsonl(tmp_path / "single.jsonl", tiny_rows("text-classification", 5))
+    assert luthier.evaluate(run, single)["rows"] == 5 and len(run.predict(["a boat"])) == 1
+    with pytest.raises(UserError, match="lacks the column 'text_pair'"):
+        luthier.evaluate(run, single, columns={"text_pair": "text_pair"})

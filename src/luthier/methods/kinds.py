@@ -159,7 +159,7 @@ class Insert(Method):
 
     @property
     def parallel(self) -> bool:
-        """True: the module reads the sublayer's input, and its result replaces nothing but is added by `join`."""
+        """True: the module reads the input of the sublayer that ends at the point, and its result is added to the output."""
         return False
 
     @abstractmethod

@@ -87,12 +87,14 @@ def _base_path(folder: Path, record: Mapping[str, Any], base: str | Path | None 
 
 
 def sha256(path: str | Path) -> str:
-    """The hash by which an adapter names its base: of a stock folder, or of an adapter run's own tensors."""
+    """The hash by which an adapter names its base: of a stock folder, or of an adapter run's own tensors and what they go on, wherever that lies."""
     folder = Path(path)
-    if read_record(folder) is None:
+    record = read_record(folder)
+    if record is None:
         return Pretrained.open(folder).sha256
-    digest = hashlib.sha256()
-    for file in sorted([folder / "luthier.json", *folder.glob("*.safetensors")]):
+    said = {name: record[name] for name in RECORD if name != "base"} | {"base": record["base"]["sha256"]}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -108,15 +109,14 @@ class RunFolder:
         self.write_json("test_outcomes.json", {"rows": fingerprint, "outcomes": outcomes})
 
     def finish(self) -> Path:
-        """Publish: checkpoints go, the partial folder takes the name, and only then an old run of that name goes."""
-        shutil.rmtree(self.partial / "checkpoints", ignore_errors=True)
+        """Publish: the partial folder takes the name, and only then go an old run of that name and the checkpoints, so that a kill loses nothing."""
         self.release()
-        old = self.path.with_name(self.path.name + ".old")
+        old = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.old")
         if self.path.exists():
-            shutil.rmtree(old, ignore_errors=True)
             self.path.rename(old)
         self.partial.rename(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        for leftover in (old, self.path / "checkpoints"):
+            shutil.rmtree(leftover, ignore_errors=True)
         return self.path
 
 

@@ -113,6 +113,14 @@ class Task(ABC):
         """The metric that chooses the best checkpoint of this configured task."""
         return self.metric
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What `measure` of this configured task gives."""
+        return self.measures
+
+    def check(self, rows: Rows) -> None:
+        """Refuse, by UserError with file and line, supervised rows on which this configured task cannot be measured."""
+
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Plain JSON from which `from_facts` restores this task with a saved run."""

@@ -83,15 +83,23 @@ class SentenceSimilarity(Task):
         scored = "score" in train.columns
         if scored and given["symmetric"]:
             raise UserError("--set symmetric=true is for pairs that belong together; these rows have scores, which read the same from both sides.")
-        for rows in (train, validation, test) if scored else ():
-            for row in rows:
-                if row.get("score") is None:
-                    raise UserError(f"{row.where}: the score is missing, which other rows have. Fill it in, or leave the row out.")
-        return cls(scored, given["pooling"], str(given["query_prefix"]), str(given["document_prefix"]), given["symmetric"])
+        task = cls(scored, given["pooling"], str(given["query_prefix"]), str(given["document_prefix"]), given["symmetric"])
+        for rows in (train, validation, test):
+            task.check(rows)
+        return task
 
     @property
     def measured_by(self) -> str:
-        return "spearman" if self.scored else "mrr"
+        return self.metrics[0]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("spearman",) if self.scored else ("mrr", "ndcg@10", "top1")
+
+    def check(self, rows: Rows) -> None:
+        for row in rows if self.scored else ():
+            if row.get("score") is None:
+                raise UserError(f"{row.where}: the score is missing, which other rows have. Fill it in, or leave the row out.")
 
     def facts(self):
         return {"scored": self.scored, "pooling": self.pooling, "query_prefix": self.query_prefix, "document_prefix": self.document_prefix, "symmetric": self.symmetric}

@@ -59,16 +59,20 @@ class TextClassification(Task):
         if len(counts) < 2:
             raise UserError(f"All {len(train)} training rows have one label, {next(iter(counts))!r}: there is nothing to tell apart. Is it the right column? (--columns label=NAME)")
         labels = tuple(sorted(counts, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)))
-        for rows in (validation, test):
-            for row in rows:
-                if row["label"] not in counts:
-                    raise UserError(f"{row.where}: the label {row['label']!r} occurs in no training row.{did_you_mean(row['label'], labels)} Training labels: {', '.join(labels[:20])}.")
         weights = None
         if given["class_weights"] is not None:
             if given["class_weights"] != "balanced":
                 raise UserError(f"--set class_weights={given['class_weights']!r}: the only choice is balanced (each class weighs as much as the others).")
             weights = tuple(len(train) / (len(labels) * counts[name]) for name in labels)
-        return cls(labels, weights)
+        task = cls(labels, weights)
+        for rows in (validation, test):
+            task.check(rows)
+        return task
+
+    def check(self, rows):
+        for row in rows:
+            if row["label"] not in self.labels:
+                raise UserError(f"{row.where}: the label {row['label']!r} occurs in no training row.{did_you_mean(row['label'], self.labels)} Training labels: {', '.join(self.labels[:20])}.")
 
     def follow(self, config):
         labels = in_order_of(config, self.labels)
@@ -148,9 +152,6 @@ class TextClassification(Task):
 
     def _truth(self, rows: Rows) -> np.ndarray:
         places = {name: i for i, name in enumerate(self.labels)}
-        for row in rows:
-            if row["label"] not in places:
-                raise UserError(f"{row.where}: this run does not know the label {row['label']!r}.{did_you_mean(row['label'], self.labels)} It knows: {', '.join(self.labels[:20])}.")
         return np.array([places[row["label"]] for row in rows])
 
 

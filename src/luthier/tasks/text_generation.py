@@ -53,7 +53,10 @@ class TextGeneration(Task):
 
     @classmethod
     def learn(cls, train, validation, test, **options):
-        return cls("prompt" in train.columns, int(cls.take_options(options)["max_new_tokens"]))
+        longest = cls.take_options(options)["max_new_tokens"]
+        if not isinstance(longest, int) or isinstance(longest, bool) or longest < 1:
+            raise UserError(f"--set max_new_tokens={longest!r}: give a whole number of tokens, 1 or more.")
+        return cls("prompt" in train.columns, longest)
 
     @property
     def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

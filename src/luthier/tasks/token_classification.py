@@ -36,7 +36,7 @@ class TokenClassification(Task):
         Column("tags", "tags", names=("tags", "ner_tags", "labels"), use="one BIO tag for each word, as a list"),
     )
     metric = "f1"
-    measures = ("f1", "precision", "recall", "accuracy")
+    measures = ("f1", "precision", "recall", "accuracy")  # and the F1 of each type
     auto_class = "AutoModelForTokenClassification"
     reads = ("words",)
     loss_per = "token"
@@ -50,25 +50,34 @@ class TokenClassification(Task):
     @classmethod
     def learn(cls, train, validation, test, **options):
         cls.take_options(options)
+        task = cls(("O", *sorted({tag for row in train for tag in row["tags"]} - {"O"})))
         for rows in (train, validation, test):
-            for row in rows:
-                if len(row["words"]) != len(row["tags"]):
-                    raise UserError(f"{row.where}: {len(row['words'])} words, but {len(row['tags'])} tags. Each word needs one.")
-                for tag in row["tags"]:
-                    if not BIO.fullmatch(tag):
-                        raise UserError(f"{row.where}: the tag {tag!r} is not BIO, in which O is a word outside, B-PER the first word of a PER and I-PER each further one. Entities cannot be read off it: write the tags so.")
-        labels = ("O", *sorted({tag for row in train for tag in row["tags"]} - {"O"}))
-        if len(labels) < 2:
+            task.check(rows)
+        if len(task.labels) < 2:
             raise UserError(f"All words of the {len(train)} training rows have the tag O: there is nothing to find.")
-        for rows in (validation, test):
-            for row in rows:
-                for tag in row["tags"]:
-                    if tag not in labels:
-                        raise UserError(f"{row.where}: the tag {tag!r} occurs in no training row.{did_you_mean(tag, labels)} Training tags: {', '.join(labels[:20])}.")
-        return cls(labels)
+        return task
+
+    def check(self, rows):
+        for row in rows:
+            if len(row["words"]) != len(row["tags"]):
+                raise UserError(f"{row.where}: {len(row['words'])} words, but {len(row['tags'])} tags. Each word needs one.")
+            for tag in row["tags"]:
+                if not BIO.fullmatch(tag):
+                    raise UserError(f"{row.where}: the tag {tag!r} is not BIO, in which O is a word outside, B-PER the first word of a PER and I-PER each further one. Entities cannot be read off it: write the tags so.")
+                if tag not in self.labels:
+                    raise UserError(f"{row.where}: the tag {tag!r} occurs in no training row.{did_you_mean(tag, self.labels)} Training tags: {', '.join(self.labels[:20])}.")
 
     def follow(self, config):
         return replace(self, labels=in_order_of(config, self.labels))
+
+    @property
+    def types(self) -> list[str]:
+        """Kinds of entities."""
+        return sorted({tag[2:] for tag in self.labels if tag != "O"})
+
+    @property
+    def metrics(self):
+        return (*self.measures, *(f"f1/{kind}" for kind in self.types))
 
     def facts(self):
         return {"labels": list(self.labels)}
@@ -178,7 +187,7 @@ class TokenClassification(Task):
 
     def _counts(self, outputs: Sequence[Any], rows: Rows) -> tuple[list[str], np.ndarray]:
         """Types, and (rows, types, 3): entities that are right, true, predicted."""
-        types = sorted({tag[2:] for tag in self.labels if tag != "O"})
+        types = self.types
         places = {kind: i for i, kind in enumerate(types)}
         counts = np.zeros((len(rows), len(types), 3))
         for n, (tags, row) in enumerate(zip(outputs, rows, strict=True)):

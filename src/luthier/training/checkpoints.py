@@ -1,16 +1,14 @@
-"""Everything that a training needs to go on bit for bit, as safetensors and JSON: what learns, the optimiser, the random streams, the place in the data."""
+"""Everything that a training needs to go on bit for bit, as safetensors and JSON: what learns, the optimiser, the place in the data. Random numbers follow from the step."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -93,26 +91,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
             prefix = names[id(parameter)] + "/"
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             optimizer.state[parameter] = {key: value.to(parameter.device) if key != "step" or parameter.is_cuda else value for key, value in state.items()}
-
-
-def random_streams() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """States of torch's, NumPy's and Python's global generators."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    version, internal, gauss_next = random.getstate()
-    return tensors, {"numpy": [str(kind), int(position), int(has_gauss), float(gauss)], "python": [version, list(internal), gauss_next]}
-
-
-def restore_random_streams(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    torch.set_rng_state(tensors["torch"].cpu())
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"].cpu())
-    kind, position, has_gauss, gauss = record["numpy"]
-    np.random.set_state((kind, tensors["numpy"].cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = record["python"]
-    random.setstate((version, tuple(internal), gauss_next))
 
 
 def _flush(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import resource
 import signal
 import sys
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -22,7 +24,9 @@ from luthier.data.rows import Rows
 from luthier.errors import UserError
 from luthier.tasks.base import SMALLER_IS_BETTER, Features, Task, Term
 from luthier.training import checkpoints, evaluation, schedule
-from luthier.training.batching import epoch_batches, micro_batches, steps_per_epoch
+from luthier.training.batching import epoch_batches, micro_batches, smaller_batch, steps_per_epoch
+
+PATIENT = 9  # the step at which tensors without any gradient are no longer waited for
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Trainer:
     validation      (encoded rows, rows) that choose the best checkpoint, or None: the last one is kept
     folder          where `checkpoints/` and `metrics.jsonl` go
     eval_modules    modules (each by itself, without its children) that stay in eval mode: no dropout there
+    identity        what else fixes the result (base weights, rows, method), by the name a user knows: a resumption must have the same
     rehearse_longest  run the longest batch once before the first step, to meet a lack of memory at once
     """
 
@@ -98,12 +103,13 @@ class Trainer:
         *,
         rows: Rows | None = None,
         eval_modules: Collection[nn.Module] = (),
+        identity: Mapping[str, Any] | None = None,
         rehearse_longest: bool = False,
         console: Any = None,
     ):
         self.model, self.task, self.train, self.validation, self.tokenizer = model, task, train, validation, tokenizer
         self.settings, self.folder, self.rows, self.console = settings, Path(folder), rows, console
-        self.eval_modules, self.rehearse_longest = list(eval_modules), rehearse_longest
+        self.eval_modules, self.identity, self.rehearse_longest = list(eval_modules), dict(identity or {}), rehearse_longest
         # accelerate keeps one precision a process; ours is chosen for each run, so its autocast is ours too
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -118,9 +124,10 @@ class Trainer:
             raise UserError("Nothing in the model is open for training.")
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.lengths = [f.length for f in train]
-        self.per_epoch = steps_per_epoch(len(train), settings.batch_size)
+        self.smallest = 2 if task.loss_per == "batch" else 1
+        self.per_epoch = steps_per_epoch(len(train), settings.batch_size, self.smallest)
         self.total = settings.max_steps or max(1, round(settings.epochs * self.per_epoch))
-        self.state: dict[str, Any] = {"step": 0, "best": None, "best_step": None, "waited": 0, "seconds": 0.0, "examples": 0, "tokens": 0, "history": []}
+        self.state: dict[str, Any] = {"step": 0, "moves": 0, "best": None, "best_step": None, "waited": 0, "reason": "finished", "seconds": 0.0, "examples": 0, "tokens": 0, "history": []}
         self.reached: set[str] = set()
         self.interrupted = False
 
@@ -136,43 +143,38 @@ class Trainer:
         found = checkpoints.latest(self.folder / "checkpoints") if resume else None
         if found:
             self._restore(found)
-        else:
-            torch.manual_seed(settings.seed * 7919 + 17 + self.rank)
-            if self.main:
-                (self.folder / "metrics.jsonl").write_text("", encoding="utf-8")
+        elif self.main:
+            (self.folder / "metrics.jsonl").write_text("", encoding="utf-8")
         if self.rehearse_longest and not found:
             self._rehearse()
         board = self._tensorboard()
-        reason = "finished"
         with _Interrupts(self), self._progress() as advance:
             last_saved = time.monotonic()
             batches: list[list[int]] = []
             epoch = -1
-            while self.state["step"] < self.total:
+            while self.state["step"] < self.total and self.state["reason"] == "finished":
                 step = self.state["step"]
                 if step // self.per_epoch != epoch:
                     epoch = step // self.per_epoch
-                    batches = epoch_batches(self.lengths, settings.batch_size, settings.seed, epoch)
+                    batches = epoch_batches(self.lengths, settings.batch_size, settings.seed, epoch, self.smallest)
                 entry = self._step(batches[step % self.per_epoch], step)
                 advance(1, f"loss {entry['loss']:.3f}")
                 self._log(entry, board)
                 evaluates = self._evaluates(step + 1)
                 if evaluates and self.validation:
-                    reason = self._evaluate(step + 1, board) or reason
-                ends = self.state["step"] == self.total or reason != "finished"
+                    self._evaluate(step + 1, board)
+                ends = self.state["step"] == self.total or self.state["reason"] != "finished"
                 if evaluates or ends or self.interrupted or time.monotonic() - last_saved > settings.checkpoint_every:
                     self._save()
                     last_saved = time.monotonic()
                 if self.interrupted and not ends:
                     raise TrainingInterrupted(f"Stopped after step {self.state['step']} of {self.total}; nothing is lost. Go on with the same command and --resume.")
-                if ends:
-                    break
         if board:
             board.close()
-        if self.validation and (self.folder / "checkpoints" / "best").exists():
+        if self.main and self.validation and (self.folder / "checkpoints" / "best").exists():  # the first process alone saves, measures and cleans up
             checkpoints.restore(self.model, checkpoints.read(self.folder / "checkpoints" / "best", self.device)[0])
         self.model.eval()
-        return self._result(reason)
+        return self._result()
 
     @property
     def main(self) -> bool:
@@ -182,6 +184,7 @@ class Trainer:
         """One optimiser step over `rows`: gradients of the summed loss, divided once by the units of all micro-batches and processes."""
         started = time.perf_counter()
         self._training_mode()
+        _seed(self.settings.seed, step, self.rank)
         own = rows[self.rank :: self.world]
         weight = 1.0 if own else 0.0  # a process without rows takes part in the reduction all the same
         pieces = micro_batches(own or rows[:1], max(1, self.micro // self.world) if self.world > 1 else self.micro)
@@ -207,8 +210,8 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip))
         if not (norm < float("inf")):
             raise UserError(f"Step {step + 1}: the gradient is {norm} (rows: {self._where(rows)}). {self._advice()}")
-        if step < 2:
-            self._check_reached(step)
+        if self.state["moves"] < 2:
+            self._check_reached(step, norm)
         rate = self.settings.lr * schedule.factor(step, self.total, self.settings.warmup, self.settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -224,15 +227,16 @@ class Trainer:
         if not torch.isfinite(term.sum.detach()):
             raise UserError(f"Step {self.state['step'] + 1}: the loss is {float(term.sum.detach())} (rows: {self._where(rows)}). {self._advice()}")
 
-    def _check_reached(self, step: int) -> None:
-        """Every parameter that is open must have had a gradient other than zero within two steps."""
+    def _check_reached(self, step: int, norm: float) -> None:
+        """Every parameter that is open must have had a gradient other than zero within two steps in which anything had one."""
+        self.state["moves"] += norm > 0  # rows that tell the model nothing new (all of one score) move nothing
         for name, parameter in self.parameters.items():
             if parameter.grad is not None and bool((parameter.grad != 0).any()):
                 self.reached.add(name)
-        if step == 1:
+        if self.state["moves"] == 2 or step == PATIENT:
             lost = sorted(set(self.parameters) - self.reached)
             if lost:
-                raise UserError(f"{len(lost)} tensors that should learn got no gradient in two steps: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}. The method opens what this task does not reach, or its start is stuck at zero.")
+                raise UserError(f"{len(lost)} tensors that should learn got no gradient in {step + 1} steps: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}. The method opens what this task does not reach, or its start is stuck at zero.")
 
     def _where(self, rows: Sequence[int]) -> str:
         places = [self.rows[i].where if self.rows else str(i) for i in rows]
@@ -260,7 +264,7 @@ class Trainer:
         every = self.settings.evaluate_every * self.per_epoch
         return step == self.total or int(step / every) > int((step - 1) / every)
 
-    def _evaluate(self, step: int, board: Any) -> str | None:
+    def _evaluate(self, step: int, board: Any) -> None:
         assert self.validation is not None
         features, rows = self.validation
         found = evaluation.outputs(self.model, self.task, features, self.tokenizer, device=self.device, precision=self.settings.precision)
@@ -276,9 +280,10 @@ class Trainer:
             self.state.update(best=metrics[name], best_step=step, waited=0)
             if self.main:
                 checkpoints.write(self.folder / "checkpoints" / "best", checkpoints.learnt(self.model), {"step": step, name: metrics[name]})
-            return None
+            return
         self.state["waited"] += 1
-        return "early stopping" if self.settings.patience is not None and self.state["waited"] >= self.settings.patience else None
+        if self.settings.patience is not None and self.state["waited"] >= self.settings.patience:
+            self.state["reason"] = "early stopping"
 
     def _log(self, entry: Mapping[str, Any], board: Any) -> None:
         self.state["history"].append(dict(entry))
@@ -293,12 +298,10 @@ class Trainer:
     def _save(self) -> None:
         if not self.main:
             return
-        streams, record = checkpoints.random_streams()
         tensors: dict[str, Tensor] = {f"model/{name}": t for name, t in checkpoints.learnt(self.model).items()}
         tensors |= {f"optimizer/{name}": t for name, t in checkpoints.optimizer_tensors(self.optimizer, self.names).items()}
-        tensors |= {f"random/{name}": t for name, t in streams.items()}
         folder = self.folder / "checkpoints"
-        checkpoints.write(folder / f"step-{self.state['step']}", tensors, {"state": self.state, "random": record, "settings": self._fingerprint(), "reached": sorted(self.reached)})
+        checkpoints.write(folder / f"step-{self.state['step']}", tensors, {"state": self.state, "settings": self._fingerprint(), "reached": sorted(self.reached)})
         checkpoints.prune(folder)
 
     def _restore(self, folder: Path) -> None:
@@ -306,10 +309,9 @@ class Trainer:
         if record["settings"] != self._fingerprint():
             changed = [key for key, value in self._fingerprint().items() if record["settings"].get(key) != value]
             raise UserError(f"The checkpoint in {folder.parent} was made with another {', '.join(changed)}. Resume with the same settings, or start anew with --overwrite.")
-        part = {kind: {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(kind + "/")} for kind in ("model", "optimizer", "random")}
+        part = {kind: {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(kind + "/")} for kind in ("model", "optimizer")}
         checkpoints.restore(self.model, part["model"])
         checkpoints.restore_optimizer(self.optimizer, self.names, part["optimizer"])
-        checkpoints.restore_random_streams(part["random"], record["random"])
         self.state, self.reached = record["state"], set(record["reached"])
         if self.main:
             (self.folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.state["history"]), encoding="utf-8")
@@ -319,18 +321,17 @@ class Trainer:
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resumption to be exact."""
         same = {key: value for key, value in asdict(self.settings).items() if key not in ("checkpoint_every", "tensorboard")}
-        return same | {"training rows": len(self.train), "processes": self.world}
+        return same | {"number of training rows": len(self.train), "number of processes": self.world} | json.loads(json.dumps(self.identity))
 
     def _rehearse(self) -> None:
         longest = sorted(range(len(self.train)), key=lambda i: -self.lengths[i])[: self.micro]
-        devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices), evaluation.autocast(self.device, self.settings.precision):
+            with evaluation.autocast(self.device, self.settings.precision):
                 self._training_mode()
                 self.task.loss(self.model, self.task.collate([self.train[i] for i in longest], longest, self.tokenizer).to(self.device)).sum.backward()
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "memory" in str(error):
-                raise UserError(f"The longest batch ({len(longest)} rows of up to {max(self.lengths)} tokens) does not fit into memory. Give --micro-batch-size {max(1, self.micro // 4)} (the result stays the same) or a smaller --max-length.") from error
+                raise UserError(f"The longest batch ({len(longest)} rows of up to {max(self.lengths)} tokens) does not fit into memory. Give {smaller_batch(self.task.loss_per, self.micro)} or a smaller --max-length.") from error
             raise
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -342,13 +343,11 @@ class Trainer:
     def _tensorboard(self) -> Any:
         if not self.settings.tensorboard or not self.main:
             return None
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        from torch.utils.tensorboard.writer import SummaryWriter
+
         return SummaryWriter(str(self.folder / "tensorboard"))
 
-    def _result(self, reason: str) -> TrainingResult:
+    def _result(self) -> TrainingResult:
         state = self.state
         seconds = max(state["seconds"], 1e-9)
         return TrainingResult(
@@ -361,16 +360,24 @@ class Trainer:
             state["best"],
             state["best_step"],
             state["history"],
-            reason,
+            state["reason"],
         )
 
 
 def peak_memory_mb(device: torch.device) -> float:
     """Of the process (or of its GPU memory) so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
+        return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _seed(*numbers: int) -> None:
+    """Torch's, NumPy's and Python's global streams from a few numbers: a step draws the same whether or not the run was interrupted before it."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 class _nothing:

@@ -95,7 +95,9 @@ def _recipe(recipe: Recipe | None, model: Any, data: Any, settings: dict[str, An
 def _run(job: Job, report: preflight.Report, folder: RunFolder, resume: bool, device: str, console: Any) -> Run:
     started = time.time()
     recipe = job.recipe
-    folder.write_recipe(recipe)
+    if not resume:
+        folder.write_recipe(recipe)
+    base = saving.Base(str(Path(recipe.model).resolve()), loading.sha256(recipe.model), job.auto_class)
     model, new_heads = open_base(job)
     job.task = task = job.task.start(model, new_heads)
     model.to(device)
@@ -114,14 +116,14 @@ def _run(job: Job, report: preflight.Report, folder: RunFolder, resume: bool, de
         console.say(job.notes[-1])
     if not _trunk_learns(fitted):
         still += [module for block in fitted.anatomy.blocks for module in block.module.modules()]
-    result = _train(job, fitted, still, folder, resume, device, report.tight, console)
+    result = _train(job, fitted, still, {"base model": base.sha256, **job.identity}, folder, resume, device, report.tight, console)
     if isinstance(folder, Followed):
         torch.distributed.barrier()  # until the first process has published the run
         return load(folder.path, device=device)
 
     job.task = task = task.settle(fitted.model, new_heads)
     probe = _probe(job, device)
-    base = saving.Base(str(Path(recipe.model).resolve()), loading.sha256(recipe.model), job.auto_class)
+    folder.write_recipe(recipe)  # a resumption may differ in what does not change the result
     with console.doing("saving and reloading"):
         saved = saving.save(fitted, folder.partial, base, recipe.save, probe)
         job.tokenizer.save_pretrained(str(folder.partial))
@@ -171,7 +173,7 @@ def unreached_parameters(fitted: Fitted, job: Job, device: str) -> set[str]:
     return unreached
 
 
-def _train(job: Job, fitted: Fitted, still: list[nn.Module], folder: RunFolder, resume: bool, device: str, tight: bool, console: Any) -> TrainingResult:
+def _train(job: Job, fitted: Fitted, still: list[nn.Module], identity: dict[str, Any], folder: RunFolder, resume: bool, device: str, tight: bool, console: Any) -> TrainingResult:
     recipe = job.recipe
     settings = TrainingSettings(
         epochs=job.chosen["epochs"].value,
@@ -201,6 +203,7 @@ def _train(job: Job, fitted: Fitted, still: list[nn.Module], folder: RunFolder, 
         device,
         rows=job.splits.train,
         eval_modules=still,
+        identity=identity,
         rehearse_longest=tight,
         console=console,
     )

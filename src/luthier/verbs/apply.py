@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import transformers
@@ -9,7 +10,7 @@ from torch import nn
 
 from luthier.anatomy import Anatomy
 from luthier.methods.engine import install
-from luthier.methods.planner import check
+from luthier.methods.planner import plan
 from luthier.methods.stack import parse
 from luthier.methods.stock_adapter import TASK_TYPES
 
@@ -24,10 +25,16 @@ def apply(model: nn.Module, stack: Any, *, seed: int = 0, heads: bool = True) ->
     stack = parse(stack)
     anatomy = Anatomy.of(model)
     new = head_names(model, anatomy) if heads else ()
-    check(anatomy, stack, new)
+    plan(_shapes(model), stack, new, _task_type(model))
     fitted = install(model, stack, seed, new, _task_type(model), anatomy)
     fitted.model.luthier = fitted  # type: ignore[assignment]
     return fitted.model
+
+
+def _shapes(model: nn.Module) -> nn.Module:
+    """The model on the meta device, its weights not copied."""
+    tensors = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, tensors | {id(b): b.to("meta") for b in model.buffers()})
 
 
 def head_names(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:

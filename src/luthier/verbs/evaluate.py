@@ -36,6 +36,7 @@ def evaluate(
     machine.ensure()
     run = run if isinstance(run, Run) else load(run, base, device)
     typed = _rows(run, data, split, columns, where, encoding)
+    run.task.check(typed)
     before = run.truncated
     outputs = run.outputs(typed, batch_size)
     return {

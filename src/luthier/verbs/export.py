@@ -29,7 +29,7 @@ def export(run: Run | str | Path, *, out: str | Path, save: str = "merged", base
     if save != "merged":
         raise UserError(f"save={save!r}: a finished run can be exported as 'merged'; other forms are chosen when it is trained (adapt --save).")
     folder = RunFolder(out)
-    folder.check(overwrite=overwrite, reads=(run.path, run.base or run.record.content["model"]["path"]))
+    folder.check(overwrite=overwrite, reads=(run.path, *([run.base] if run.base else loading.chain(run.path)), run.record.content["model"]["path"]))
     before = _answers(run.model, run)
     model = loading.load_plain(run.path, type(run.task).auto_class, run.task.configure, run.base)
     difference = saving.difference(before, _answers(model, run))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from luthier.verbs import defaults
 from luthier.verbs.defaults import Chosen
 
 LONGEST = 1024  # tokens, for models that take more and when nothing else is asked
+UNLIMITED = 10**9
 
 
 @dataclass
@@ -57,6 +59,19 @@ class Job:
         return type(self.task).auto_class
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What besides the settings of the training and the weights makes the run what it is."""
+        return {
+            "task": self.task.tag,
+            "task options": self.task.facts(),
+            "method": str(self.stack),
+            "dropout": self.recipe.dropout,
+            "max_length": self.max_length,
+            "training rows": self.splits.train.fingerprint,
+            "validation rows": self.splits.validation.fingerprint,
+        }
+
+    @property
     def continues(self) -> bool:
         """Whether the base is an adapter run rather than a stock folder."""
         return loading.read_record(self.start.path) is not None
@@ -65,6 +80,8 @@ class Job:
 def prepare(recipe: Recipe, data: Any = None, device: str = "cpu") -> Job:
     """Read and type the rows, fix the task, check the plan. `data` overrides the recipe's path by an object. Raises UserError; writes nothing."""
     stack = parse(recipe.method or defaults.method().value)
+    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
     start = Pretrained.open(recipe.model)
     for earlier in [stack, *loading.earlier(start.path)]:
         check_form(earlier, recipe.save)
@@ -75,8 +92,6 @@ def prepare(recipe: Recipe, data: Any = None, device: str = "cpu") -> Job:
     notes = [f"task {task_type.tag}: {reason}"]
     if not recipe.method:
         notes.append(f"method {stack}: {defaults.method().origin}")
-    if recipe.metric and recipe.metric.partition("/")[0] not in task_type.measures:
-        raise UserError(f"--metric {recipe.metric}: {task_type.tag} measures {', '.join(task_type.measures)}.{did_you_mean(recipe.metric, task_type.measures)}")
     mapping, reasons = assign(first, task_type.columns, recipe.columns)
     notes += reasons
     notes += checks.duplicates(parts, mapping, task_type.columns)
@@ -92,12 +107,17 @@ def prepare(recipe: Recipe, data: Any = None, device: str = "cpu") -> Job:
         notes += splits.notes[len(raw.notes) :]
     notes += checks.report(splits, task_type.columns)
     task = task_type.learn(splits.train, splits.validation, splits.test, **{**task_type.model_options(start.path), **loading.earlier_facts(start.path, task_type.options), **recipe.options}).follow(config)
+    if recipe.metric and recipe.metric not in task.metrics:
+        raise UserError(f"--metric {recipe.metric}: {task.tag} measures {', '.join(task.metrics)} on these rows.{did_you_mean(recipe.metric, task.metrics)}")
+    _check_batches(task, recipe)
     tokenizer = start.tokenizer()
-    max_length = recipe.max_length or limit(config, tokenizer, start.path)
+    if recipe.max_length and recipe.max_length > limit(config):
+        raise UserError(f"--max-length {recipe.max_length}: the model takes {limit(config)} tokens. Give {limit(config)} or less.")
+    max_length = recipe.max_length or usual(config, tokenizer, start.path)
     features = {name: encode(task, getattr(splits, name), tokenizer, max_length) for name in ("train", "validation", "test")}
-    notes += _truncation(features, max_length, recipe, config, tokenizer)
-    if not any(f.units for f in features["train"]):
-        raise UserError(f"None of the {len(features['train'])} training rows has anything to learn from: after encoding to {max_length} tokens no supervised token is left. Raise --max-length or check --columns.")
+    notes += _truncation(features, max_length, recipe, limit(config))
+    splits, features["train"], dropped = _without_empty(splits, features["train"], max_length)
+    notes += dropped
 
     model, new_heads = loading.meta(start.path, task_type.auto_class, task.configure)
     anatomy = Anatomy.of(model)
@@ -123,23 +143,23 @@ def encode(task: Task, rows: Rows, tokenizer: Any, max_length: int) -> list[Feat
     return [task.encode(row, tokenizer, max_length) for row in rows]
 
 
-def limit(config: Any, tokenizer: Any, folder: Path) -> int:
-    """Tokens that the model can take, or was trained to read as sentence-transformers records it; at most `LONGEST`."""
-    known = [LONGEST]
-    recorded = folder / "sentence_bert_config.json"
-    if recorded.is_file():
-        length = json.loads(recorded.read_text(encoding="utf-8")).get("max_seq_length")
-        known += [length] if isinstance(length, int) and length > 0 else []
+def limit(config: Any) -> int:
+    """Tokens that the model can take."""
     positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        # RoBERTa counts positions from padding_idx + 1
-        known.append(positions - config.pad_token_id - 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else positions)
-    if 0 < tokenizer.model_max_length < 10**9:
-        known.append(tokenizer.model_max_length)
-    return min(known)
+    if not isinstance(positions, int) or positions <= 0:
+        return UNLIMITED
+    # RoBERTa counts positions from padding_idx + 1
+    return positions - config.pad_token_id - 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else positions
 
 
-def _truncation(features: Mapping[str, Sequence[Features]], max_length: int, recipe: Recipe, config: Any, tokenizer: Any) -> list[str]:
+def usual(config: Any, tokenizer: Any, folder: Path) -> int:
+    """Tokens that are read when nobody asks for another number: what the model can take and was trained to read, as its tokenizer or sentence-transformers records it; at most `LONGEST`."""
+    recorded = folder / "sentence_bert_config.json"
+    length = json.loads(recorded.read_text(encoding="utf-8")).get("max_seq_length") if recorded.is_file() else None
+    return min(number for number in (LONGEST, limit(config), tokenizer.model_max_length, length) if isinstance(number, int) and number > 0)
+
+
+def _truncation(features: Mapping[str, Sequence[Features]], max_length: int, recipe: Recipe, most: int) -> list[str]:
     """Counts what is cut off; stops where a longer setting would have kept it and nobody asked for this one."""
     notes = []
     for name, part in features.items():
@@ -148,7 +168,28 @@ def _truncation(features: Mapping[str, Sequence[Features]], max_length: int, rec
             continue
         share = len(cut) / len(part)
         notes.append(f"{name}: {len(cut)} of {len(part)} rows ({share:.0%}) are longer than {max_length} tokens; {sum(f.truncated for f in cut):,} tokens are cut off")
-        if share > 0.1 and recipe.max_length is None and max_length == LONGEST:
-            longest = max(f.length + f.truncated for f in part)
-            raise UserError(f"{share:.0%} of the {name} rows are longer than {max_length} tokens and would be cut. Give --max-length {longest} to keep them, or --max-length {max_length} to cut them.")
+        if share > 0.1 and recipe.max_length is None and max_length == LONGEST < most:
+            longest = min(most, max(f.length + f.truncated for f in part))
+            raise UserError(f"{share:.0%} of the {name} rows are longer than {max_length} tokens and would be cut. Give --max-length {longest} to keep {'them' if longest < most else 'what the model takes'}, or --max-length {max_length} to cut them.")
     return notes
+
+
+def _check_batches(task: Task, recipe: Recipe) -> None:
+    if task.loss_per != "batch":
+        return
+    if recipe.batch_size < 2:
+        raise UserError(f"{task.tag} compares the rows of a batch with each other: give --batch-size 2 or more.")
+    if recipe.micro_batch_size and recipe.micro_batch_size < recipe.batch_size:
+        raise UserError(f"{task.tag} compares the rows of a batch with each other, so a batch cannot be split: leave --micro-batch-size out, or give --batch-size {recipe.micro_batch_size}.")
+
+
+def _without_empty(splits: Splits, features: list[Features], max_length: int) -> tuple[Splits, list[Features], list[str]]:
+    """The training rows that have something to learn from, and a note of the others. Raises UserError where none has."""
+    kept = [i for i, f in enumerate(features) if f.units]
+    if not kept:
+        raise UserError(f"None of the {len(features)} training rows has anything to learn from: after encoding to {max_length} tokens no supervised token is left. Raise --max-length or check --columns.")
+    if len(kept) == len(features):
+        return splits, features, []
+    first = next(splits.train[i].where for i, f in enumerate(features) if not f.units)
+    note = f"train: {len(features) - len(kept)} rows (the first is {first}) are left out: encoded to {max_length} tokens they hold nothing to learn"
+    return replace(splits, train=splits.train.take(kept)), [features[i] for i in kept], [note]

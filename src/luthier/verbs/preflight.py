@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from luthier import machine
 from luthier.anatomy import Workload
 from luthier.errors import UserError
+from luthier.tasks.base import Features
+from luthier.training.batching import smaller_batch, steps_per_epoch
 from luthier.verbs.job import Job
 
 NEAR = 0.7  # of the free memory: from here on the longest batch is tried first
@@ -30,17 +34,17 @@ def examine(job: Job, out: Path, device: str) -> Report:
     """Raises UserError where the run cannot fit into memory or onto the disk."""
     recipe = job.recipe
     train = job.features["train"]
-    steps = recipe.max_steps or math.ceil(job.chosen["epochs"].value * math.ceil(len(train) / recipe.batch_size))
+    steps = recipe.max_steps or max(1, round(job.chosen["epochs"].value * steps_per_epoch(len(train), recipe.batch_size)))
     micro = min(recipe.micro_batch_size or recipe.batch_size, len(train))
     longest = max(f.length for part in job.features.values() for f in part)
-    memory = job.anatomy.memory(Workload(batch=micro, length=longest), trainable=job.plan.trainable, reached=job.plan.reached)
-    free = machine.memory().available if device == "cpu" else _cuda_free()
+    memory = _memory(job, micro)
+    free = _gpu_free(device) if device.startswith("cuda") else machine.memory().available
     if memory > 1.5 * free:
         raise UserError(
             f"The longest batch ({micro} rows of {longest} tokens) needs about {_bytes(memory)}, and {_bytes(free)} are free. "
-            f"Give --micro-batch-size {max(1, micro // 4)} (the result stays the same), a smaller --max-length, or a method that trains less."
+            f"Give {smaller_batch(job.task.loss_per, micro)}, a smaller --max-length, or a method that trains less."
         )
-    held = machine.resident() if device == "cpu" else 0
+    held = 0 if device.startswith("cuda") else machine.resident()
     disk = _disk_needed(job)
     if disk > machine.free_disk(out):
         raise UserError(f"The run needs about {_bytes(disk)} on the disk of {out.absolute().parent}, and {_bytes(machine.free_disk(out))} are free. Make room, or give --out on another disk.")
@@ -60,13 +64,29 @@ def _examples(job: Job, count: int = 1) -> list[str]:
     return [f"  row {i + 1} reads: {job.task.describe(job.splits.train[i], job.features['train'][i], job.tokenizer)}" for i in range(min(count, len(job.splits.train)))]
 
 
+def _memory(job: Job, micro: int) -> int:
+    """Bytes of a step on the longest batch: the model once, and what is kept of each text of a row, since all of them await one backward pass."""
+    needed = functools.partial(job.anatomy.memory, trainable=job.plan.trainable, reached=job.plan.reached)
+    lengths = _lengths([f for part in job.features.values() for f in part])
+    model = needed(Workload(batch=0, length=1))
+    return model + sum(needed(Workload(batch=micro, length=max(found))) - model for found in lengths.values())
+
+
+def _lengths(features: Sequence[Features]) -> dict[str, list[int]]:
+    """Tokens of every text, by its part of a row."""
+    found: dict[str, list[int]] = {}
+    for row in features:
+        for name, text in (row.parts or {"": row}).items():
+            found.setdefault(name, []).append(text.length)
+    return found
+
+
 def _seconds(job: Job, steps: int, device: str) -> float:
     """Forward and backward products of the real tokens, and the test rows once, at a share of this machine's ceiling."""
     train = job.features["train"]
-    mean = max(1, round(sum(f.length for f in train) / len(train)))
     rows = steps * job.recipe.batch_size
     backward = (1 + job.plan.trainable / job.plan.total) * job.plan.reached / len(job.anatomy.blocks)
-    forward = job.anatomy.macs(Workload(batch=1, length=mean)) * 2
+    forward = sum(2 * job.anatomy.macs(Workload(batch=1, length=max(1, round(sum(found) / len(train))))) for found in _lengths(train).values())
     flop = forward * (rows * (1 + backward) + len(job.splits.test) + len(job.splits.validation) * max(1, job.chosen["epochs"].value))
     return 5 + flop / (machine.ceiling(job.precision, device) * EFFICIENCY)
 
@@ -76,10 +96,10 @@ def _disk_needed(job: Job) -> int:
     return 4 * job.anatomy.parameters + 3 * 3 * 4 * job.plan.trainable + 10_000_000
 
 
-def _cuda_free() -> int:
+def _gpu_free(device: str) -> int:
     import torch
 
-    return torch.cuda.mem_get_info()[0]
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _bytes(count: float) -> str:

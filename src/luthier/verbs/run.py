@@ -78,10 +78,11 @@ class Run:
         """The rows by role, with this run's columns unless others are given; roles that only supervise are left out when there is nothing to compare with."""
         roles = [c for c in type(self.task).columns if supervised or c.role in self.task.reads]
         mapping = {role: column for role, column in self.columns(columns).items() if any(c.role == role for c in roles)}
-        missing = [f"{column!r} (for {role})" for role, column in mapping.items() if column not in rows.columns]
+        optional = {c.role for c in roles if not c.required and c.role not in (columns or {})}
+        missing = [f"{column!r} (for {role})" for role, column in mapping.items() if column not in rows.columns and role not in optional]
         if missing:
             raise UserError(f"{rows.name} lacks the column {' and '.join(missing)}. It has: {', '.join(rows.columns)}. Say which it is: --columns ROLE=NAME.")
-        return apply(rows, mapping, tuple(roles))[0]
+        return apply(rows, {role: column for role, column in mapping.items() if column in rows.columns}, tuple(roles))[0]
 
     def columns(self, given: Mapping[str, str] | None = None) -> dict[str, str]:
         """Role -> column: those of the training unless others are given."""
