@@ -155,7 +155,7 @@ def test_empty_files(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("rows.jsonl", b"\n \n"), ("rows.jsonl.gz", gzip.compress(b"")), ("rows.csv", b"text,label\n"), ("rows.csv", b"\n"), ("rows.json", b"[]")],
+    [("rows.jsonl", b"\n \n"), ("rows.jsonl.gz", gzip.compress(b"", mtime=0)), ("rows.csv", b"text,label\n"), ("rows.csv", b"\n"), ("rows.json", b"[]")],
 )
 def test_files_without_rows(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)

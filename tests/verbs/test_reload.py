@@ -182,3 +182,10 @@ def test_names_from_the_data_stay_inside_the_run_and_checkpoints_are_no_pickles(
     luthier.adapt(made("merged").parent / "bert", rows, out=out, resume=True, **settings)
     no_code_in(out)
     assert [p for p in tmp_path.rglob("*") if out not in p.parents] == [tmp_path / "deep", tmp_path / "deep" / "er", out]
+
+
+@pytest.mark.parametrize("kind", ["merged", "other", "adapter", "inserts", "difference"])
+def test_a_run_records_how_many_numbers_it_trained(kind: str, made) -> None:
+    record = luthier.load(made(kind)).record.content
+    planned = next(line for line in record["training"]["plan"] if line.startswith("  trains "))
+    assert f"trains {record['resources']['trainable_parameters']:,} of" in planned

@@ -111,8 +111,6 @@ def save_stock(model: nn.Module, folder: Path, changed: float | None = None) -> 
     inserted = sorted({word for name in model.state_dict() for word in name.split(".") if word.startswith("luthier_")})
     if inserted:
         raise UserError(f"{', '.join(w.removeprefix('luthier_') for w in inserted)} cannot be merged: it is a module of its own, not a change of a weight. The run folder itself loads by luthier.load.")
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     with quiet():
         model.save_pretrained(str(folder), max_shard_size=SHARD)  # type: ignore[operator]
     return Saved("model", _dtype(model), changed)
