@@ -93,7 +93,8 @@ BAD_DATA = {
     "an unknown ending": (text("rows.jsom", "{}"), (), "Did you mean '.json"),
     "a filter that keeps nothing": (jsonl(ROWS), ("--where", "label=colr"), "Did you mean 'color'"),
     "a filter on no column": (jsonl(ROWS), ("--where", "lang=swa"), "has no column 'lang'"),
-    "words and tags of unequal number": (jsonl([{"tokens": ["a", "b"], "tags": ["O"]} for _ in range(30)]), (), ": 2 words, but 1 tags"),
+    "words and tags of unequal number": (jsonl([{"tokens": ["a", str(i)], "tags": ["O"]} for i in range(30)]), (), ": 2 words, but 1 tags"),
+    "one row many times": (jsonl([{**ROWS[0], "label": label} for label in ("color", "plain")] * 20), (), "so alike that every training row is in validation or test too"),
     "too few rows": (jsonl(ROWS[:4]), (), "too few to cut a part off"),
     "columns that tell no task": (jsonl([{"a": 1, "b": 2}] * 20), (), "Cannot tell the task from the columns a, b"),
 }

@@ -61,10 +61,6 @@ class Pretrained:
         return found
 
     @functools.cached_property
-    def bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
-
-    @functools.cached_property
     def sha256(self) -> str:
         """Of config and weights, in the order of their names."""
         digest = hashlib.sha256()

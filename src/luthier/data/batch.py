@@ -15,14 +15,12 @@ class Batch:
     inputs   what the model's forward takes by name: `input_ids (B, T)`, `attention_mask (B, T)`, ...
     targets  what the loss reads by name: `labels (B,)`, `(B, T)`, ...
     rows     the number of each row in its `Rows`, for errors and for putting predictions back in order
-    units    how many supervised units (rows, words, tokens) the batch holds: the denominator of its loss
     parts    batches that go through the model one after the other and meet in the loss (query, document, negative)
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
-    units: float = 0
     parts: dict[str, Batch] = field(default_factory=dict)
 
     @property
@@ -61,10 +59,9 @@ class Batch:
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def pad(rows: list[list[int]], value: int, side: str = "right", multiple: int = 1) -> Tensor:
-    """Integer rows of unequal length -> one (B, T) tensor, T rounded up to `multiple`."""
+def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
+    """Integer rows of unequal length -> one (B, T) tensor, filled up on one side."""
     width = max(len(row) for row in rows)
-    width += -width % multiple
     out = torch.full((len(rows), width), value, dtype=torch.long)
     for i, row in enumerate(rows):
         if row:

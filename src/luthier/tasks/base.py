@@ -153,7 +153,7 @@ class Task(ABC):
     def encode(self, row: Row, tokenizer: Any, max_length: int) -> Features: ...
 
     def collate(self, features: Sequence[Features], rows: Sequence[int], tokenizer: Any) -> Batch:
-        return Batch(padded(features, tokenizer), self.targets(features), tuple(rows), sum(f.units for f in features))
+        return Batch(padded(features, tokenizer), self.targets(features), tuple(rows))
 
     def targets(self, features: Sequence[Features]) -> dict[str, Tensor]:
         """What `loss` reads, from the rows' targets."""

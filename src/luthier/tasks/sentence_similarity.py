@@ -120,7 +120,7 @@ class SentenceSimilarity(Task):
         # a negative is wrong for every row of the batch, so that not every row needs one of its own
         having = {name: [i for i, f in enumerate(features) if name in f.parts] for name in ("query", "document", "negative")}
         parts = {
-            name: Batch(padded([features[i].parts[name] for i in places], tokenizer), rows=tuple(rows[i] for i in places), units=len(places))
+            name: Batch(padded([features[i].parts[name] for i in places], tokenizer), rows=tuple(rows[i] for i in places))
             for name, places in having.items()
             if len(places) == len(features) or (places and name == "negative")
         }
@@ -133,7 +133,7 @@ class SentenceSimilarity(Task):
                     targets[f"{name}_text"] = torch.tensor([numbers.setdefault(features[i].target[place], len(numbers)) for i in having[name]])
             if self.scored:
                 targets["score"] = torch.tensor([f.target[3] for f in features], dtype=torch.float32)
-        return Batch({}, targets, tuple(rows), len(features), parts)
+        return Batch({}, targets, tuple(rows), parts)
 
     def vectors(self, model: nn.Module, part: Batch) -> Tensor:
         """(B, d) of unit length."""

@@ -89,7 +89,7 @@ class TextGeneration(Task):
     def collate(self, features: Sequence[Features], rows: Sequence[int], tokenizer: Any) -> Batch:
         labels = pad([f.target[0] for f in features], IGNORED)
         size = torch.tensor([f.target[1] for f in features])
-        return Batch(padded(features, tokenizer), {"labels": labels, "bytes": size}, tuple(rows), sum(f.units for f in features))
+        return Batch(padded(features, tokenizer), {"labels": labels, "bytes": size}, tuple(rows))
 
     def _shifted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (B, T-1, V) and the tokens (B, T-1) that they should predict."""

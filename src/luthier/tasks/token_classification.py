@@ -51,10 +51,11 @@ class TokenClassification(Task):
     def learn(cls, train, validation, test, **options):
         cls.take_options(options)
         task = cls(("O", *sorted({tag for row in train for tag in row["tags"]} - {"O"})))
-        for rows in (train, validation, test):
-            task.check(rows)
+        task.check(train)
         if len(task.labels) < 2:
             raise UserError(f"All words of the {len(train)} training rows have the tag O: there is nothing to find.")
+        for rows in (validation, test):
+            task.check(rows)
         return task
 
     def check(self, rows):
@@ -115,7 +116,7 @@ class TokenClassification(Task):
             "words": pad([f.target[1] for f in features], -1),
             "count": torch.tensor([f.target[2] for f in features]),
         }
-        return Batch(inputs, targets, tuple(rows), sum(f.units for f in features))
+        return Batch(inputs, targets, tuple(rows))
 
     def loss(self, model: nn.Module, batch: Batch) -> Term:
         logits = model(**batch.inputs).logits.float()
