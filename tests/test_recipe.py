@@ -34,6 +34,7 @@ EVERYTHING: dict[str, Any] = {
     "weight_decay": 0.1,
     "clip": 0.5,
     "dropout": False,
+    "reuse": False,
     "max_length": 64,
     "options": {"class_weights": "balanced"},
     "evaluate_every": 0.5,
@@ -47,7 +48,7 @@ EVERYTHING: dict[str, Any] = {
 }
 FLAGS = """--model ./m --data rows.csv --task text-classification --columns label=team --text body --where lang=swa,year=2020 --encoding cp1252
 --group author --train-rows 100 --method 'reinit(top=1) | lora(rank=4)' --epochs 2.5 --max-steps 7 --batch-size 16 --micro-batch-size 4 --lr 1e-3 --warmup 0.2
---schedule cosine --weight-decay 0.1 --clip 0.5 --no-dropout --max-length 64 --set class_weights=balanced --evaluate-every 0.5 --patience 3 --metric macro_f1
+--schedule cosine --weight-decay 0.1 --clip 0.5 --no-dropout --no-reuse --max-length 64 --set class_weights=balanced --evaluate-every 0.5 --patience 3 --metric macro_f1
 --save adapter --precision fp32 --no-baselines --seed 5 --tensorboard"""
 
 

@@ -59,6 +59,7 @@ def _adapt() -> None:
         weight_decay: Annotated[float | None, typer.Option(help="of matrices, by AdamW; 0.01")] = None,
         clip: Annotated[float | None, typer.Option(help="largest norm of the gradient; 1")] = None,
         dropout: Annotated[bool | None, typer.Option("--dropout/--no-dropout", help="the model's own dropout while it trains; off is faster on a CPU")] = None,
+        reuse: Annotated[bool | None, typer.Option("--reuse/--no-reuse", help="run blocks below all that learns once for all passes, without dropout")] = None,
         max_length: Annotated[int | None, typer.Option(help="tokens of a row; what the model takes, at most 1024")] = None,
         option: Annotated[list[str] | None, typer.Option("--set", help="an option of the task, name=value (repeatable)")] = None,
         evaluate_every: Annotated[float | None, typer.Option(help="passes between two evaluations; 1")] = None,

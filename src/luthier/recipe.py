@@ -36,6 +36,7 @@ class Recipe(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="of matrices, by AdamW")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     dropout: bool = Field(True, description="keep the model's own dropout while it trains; off is faster, and overfits sooner")
+    reuse: bool = Field(True, description="run the blocks below all that learns without dropout, and once for all passes; off: in every pass, with it")
     max_length: int | None = Field(None, ge=4, description="tokens of a row; what the model takes, at most 1024")
     options: dict[str, Any] = Field({}, description="options of the task, such as class_weights=balanced (--set name=value)")
     evaluate_every: float = Field(1.0, gt=0, description="passes between two evaluations on the validation rows")

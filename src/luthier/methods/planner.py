@@ -68,7 +68,7 @@ def plan(model: nn.Module, stack: Stack, new_heads: Sequence[str] = (), task_typ
         else:
             steps.append(Step(str(method), (), 0))
     trainable = sum(p.numel() for p in fitted.trainable.values())
-    return Plan(stack, tuple(steps), trainable, sum(sizes.values()), _reached(fitted), tuple(new_heads), tuple(_notes(fitted)))
+    return Plan(stack, tuple(steps), trainable, sum(sizes.values()), reached(fitted), tuple(new_heads), tuple(_notes(fitted)))
 
 
 def check(anatomy: Anatomy, stack: Stack, new_heads: Sequence[str] = ()) -> None:
@@ -145,8 +145,8 @@ def _check_learning(fitted: Fitted) -> None:
         )
 
 
-def _reached(fitted: Fitted) -> int:
-    """Gradients go from the outputs down to the lowest thing that learns: to a block, through all of them (embeddings), or to the head alone."""
+def reached(fitted: Fitted) -> int:
+    """Blocks, counted from the last, that gradients go through: down to the lowest thing that learns, which may be a block, the embeddings (all of them), or the head alone (none)."""
     blocks = [list(block.module.parameters()) for block in fitted.anatomy.blocks]
     inside = {id(p) for block in blocks for p in block}
     embeddings = {id(p) for site in fitted.anatomy.embeddings for p in site.module.parameters()} - inside

@@ -33,7 +33,7 @@ def outputs(
     was_training = model.training
     model.eval()
     with torch.inference_mode(), autocast(device, precision):
-        for rows in _by_length([f.length for f in features], batch_size):
+        for rows in by_length([f.length for f in features], batch_size):
             batch = task.collate([features[i] for i in rows], rows, tokenizer).to(device)
             for row, value in zip(rows, task.outputs(model, batch), strict=True):
                 found[row] = value
@@ -49,7 +49,7 @@ def mean_vectors(trunk: nn.Module, features: Sequence[Features], tokenizer: Any,
     was_training = trunk.training
     trunk.eval()
     with torch.inference_mode(), autocast(device, precision):
-        for rows in _by_length([f.length for f in features], batch_size):
+        for rows in by_length([f.length for f in features], batch_size):
             batch = Batch(padded([features[i] for i in rows], tokenizer)).to(device)
             for row, vector in zip(rows, batch.mean(hidden_states(trunk, batch)).float().cpu().numpy(), strict=True):
                 found[row] = vector
@@ -61,7 +61,7 @@ def autocast(device: str | torch.device, precision: str) -> contextlib.AbstractC
     return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """The longest first, so that what does not fit into memory is found at once."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -20,11 +21,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from luthier.data.batch import Batch
 from luthier.data.rows import Rows
 from luthier.errors import UserError
 from luthier.tasks.base import SMALLER_IS_BETTER, Features, Task, Term
 from luthier.training import checkpoints, evaluation, schedule
 from luthier.training.batching import epoch_batches, micro_batches, smaller_batch, steps_per_epoch
+from luthier.training.frozen import FrozenTrunk
 
 PATIENT = 9  # the step at which tensors without any gradient are no longer waited for
 
@@ -59,7 +62,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """seconds: of training steps alone, over all resumptions. reason: finished | early stopping."""
+    """seconds: of training steps and of what they read of frozen blocks, over all resumptions. reason: finished | early stopping."""
 
     steps: int
     epochs: float
@@ -86,6 +89,7 @@ class Trainer:
     validation      (encoded rows, rows) that choose the best checkpoint, or None: the last one is kept
     folder          where `checkpoints/` and `metrics.jsonl` go
     eval_modules    modules (each by itself, without its children) that stay in eval mode: no dropout there
+    frozen          the leading blocks in which and below which nothing learns: they run without dropout, and once for a row if it is met again
     identity        what else fixes the result (base weights, rows, method), by the name a user knows: a resumption must have the same
     rehearse_longest  run the longest batch once before the first step, to meet a lack of memory at once
     """
@@ -103,6 +107,7 @@ class Trainer:
         *,
         rows: Rows | None = None,
         eval_modules: Collection[nn.Module] = (),
+        frozen: Sequence[nn.Module] = (),
         identity: Mapping[str, Any] | None = None,
         rehearse_longest: bool = False,
         console: Any = None,
@@ -111,6 +116,7 @@ class Trainer:
         self.settings, self.folder, self.rows, self.console = settings, Path(folder), rows, console
         self.eval_modules, self.identity, self.rehearse_longest = list(eval_modules), dict(identity or {}), rehearse_longest
         # accelerate keeps one precision a process; ours is chosen for each run, so its autocast is ours too
+        self.trunk = FrozenTrunk(model, frozen) if frozen else None
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device if self.world > 1 and device != "cpu" else torch.device(device)
@@ -145,10 +151,15 @@ class Trainer:
             self._restore(found)
         elif self.main:
             (self.folder / "metrics.jsonl").write_text("", encoding="utf-8")
+        if self.trunk:
+            self.eval_modules += self.trunk.below(self._batch(range(min(2, len(self.train)))))
         if self.rehearse_longest and not found:
             self._rehearse()
         board = self._tensorboard()
-        with _Interrupts(self), self._progress() as advance:
+        started = time.perf_counter()
+        frozen_states = self._frozen_states()
+        self.state["seconds"] += time.perf_counter() - started
+        with frozen_states, _Interrupts(self), self._progress() as advance:
             last_saved = time.monotonic()
             batches: list[list[int]] = []
             epoch = -1
@@ -169,6 +180,8 @@ class Trainer:
                     last_saved = time.monotonic()
                 if self.interrupted and not ends:
                     raise TrainingInterrupted(f"Stopped after step {self.state['step']} of {self.total}; nothing is lost. Go on with the same command and --resume.")
+        if self.trunk:
+            self.trunk.clear()
         if board:
             board.close()
         if self.main and self.validation and (self.folder / "checkpoints" / "best").exists():  # the first process alone saves, measures and cleans up
@@ -190,9 +203,9 @@ class Trainer:
         pieces = micro_batches(own or rows[:1], max(1, self.micro // self.world) if self.world > 1 else self.micro)
         total, count, tokens = 0.0, 0.0, 0
         for number, piece in enumerate(pieces):
-            batch = self.task.collate([self.train[i] for i in piece], piece, self.tokenizer).to(self.device)
+            batch = self._batch(piece)
             last = number == len(pieces) - 1
-            with evaluation.autocast(self.device, self.settings.precision), self.accelerator.no_sync(self.called) if self.world > 1 and not last else _nothing():
+            with evaluation.autocast(self.device, self.settings.precision), self.accelerator.no_sync(self.called) if self.world > 1 and not last else contextlib.nullcontext():
                 term = self.task.loss(self.called, batch)
                 self._check(term, piece)
                 (term.sum * weight).backward()
@@ -222,6 +235,21 @@ class Trainer:
         self.state["examples"] += len(rows)
         self.state["tokens"] += tokens * self.world
         return {"step": step + 1, "epoch": round((step + 1) / self.per_epoch, 4), "loss": total / count, "lr": rate, "gradient_norm": norm}
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        return self.task.collate([self.train[i] for i in rows], rows, self.tokenizer).to(self.device)
+
+    def _frozen_states(self) -> contextlib.AbstractContextManager:
+        """What the frozen blocks make of every row that is met more than once, computed in batches of its own so that a resumed run reads the same numbers."""
+        if not self.trunk or self.world > 1 or self.total <= self.per_epoch or not self.trunk.agrees(self._batch(range(min(2, len(self.train))))):
+            return contextlib.nullcontext()
+        features = [*self.train, *(self.validation[0] if self.validation and sum(map(self._evaluates, range(1, self.total + 1))) > 1 else ())]
+        tokens = sum(text.length for row in features for text in (row.parts.values() or [row]))
+        batches = (self.task.collate([features[i] for i in rows], rows, self.tokenizer).to(self.device) for rows in evaluation.by_length([f.length for f in features], 64))
+        showing = self.console.progress("frozen blocks", len(features)) if self.console and self.main else contextlib.nullcontext(lambda count: None)
+        with showing as advance, evaluation.autocast(self.device, self.settings.precision):
+            kept = self.trunk.keep(tokens, batches, self.folder, advance)
+        return self.trunk if kept else contextlib.nullcontext()
 
     def _check(self, term: Term, rows: Sequence[int]) -> None:
         if not torch.isfinite(term.sum.detach()):
@@ -328,7 +356,7 @@ class Trainer:
         try:
             with evaluation.autocast(self.device, self.settings.precision):
                 self._training_mode()
-                self.task.loss(self.model, self.task.collate([self.train[i] for i in longest], longest, self.tokenizer).to(self.device)).sum.backward()
+                self.task.loss(self.model, self._batch(longest)).sum.backward()
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "memory" in str(error):
                 raise UserError(f"The longest batch ({len(longest)} rows of up to {max(self.lengths)} tokens) does not fit into memory. Give {smaller_batch(self.task.loss_per, self.micro)} or a smaller --max-length.") from error
@@ -337,7 +365,7 @@ class Trainer:
 
     def _progress(self) -> Any:
         if self.console is None or not self.main:
-            return _nothing(lambda count, text="": None)
+            return contextlib.nullcontext(lambda count, text="": None)
         return self.console.progress("training", self.total, self.state["step"])
 
     def _tensorboard(self) -> Any:
@@ -378,18 +406,6 @@ def _seed(*numbers: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-
-
-class _nothing:
-    """A context that does nothing and yields a value."""
-
-    def __init__(self, value: Any = None):
-        self.value = value
-
-    def __enter__(self) -> Any:
-        return self.value
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 class _Interrupts:

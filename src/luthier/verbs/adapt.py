@@ -17,6 +17,7 @@ from luthier import machine
 from luthier.errors import UserError
 from luthier.methods import loading, saving
 from luthier.methods.engine import Fitted, install
+from luthier.methods.planner import reached
 from luthier.methods.stock_adapter import TASK_TYPES
 from luthier.recipe import Recipe
 from luthier.runs import Followed, RunFolder, card
@@ -114,8 +115,6 @@ def _run(job: Job, report: preflight.Report, folder: RunFolder, resume: bool, de
         fitted.close(unreached)
         job.notes.append(f"{len(unreached)} tensors are never reached by this task's forward pass and stay as they are: {', '.join(sorted(unreached)[:3])}{' ...' if len(unreached) > 3 else ''}")
         console.say(job.notes[-1])
-    if not _trunk_learns(fitted):
-        still += [module for block in fitted.anatomy.blocks for module in block.module.modules()]
     result = _train(job, fitted, still, {"base model": base.sha256, **job.identity}, folder, resume, device, report.tight, console)
     if isinstance(folder, Followed):
         torch.distributed.barrier()  # until the first process has published the run
@@ -203,6 +202,7 @@ def _train(job: Job, fitted: Fitted, still: list[nn.Module], identity: dict[str,
         device,
         rows=job.splits.train,
         eval_modules=still,
+        frozen=_frozen_blocks(fitted) if recipe.reuse else (),
         identity=identity,
         rehearse_longest=tight,
         console=console,
@@ -210,10 +210,12 @@ def _train(job: Job, fitted: Fitted, still: list[nn.Module], identity: dict[str,
     return trainer.fit(resume=resume)
 
 
-def _trunk_learns(fitted: Fitted) -> bool:
-    """Whether anything inside the blocks learns; where nothing does, they run without dropout."""
-    inside = {id(p) for block in fitted.anatomy.blocks for p in block.module.parameters()}
-    return any(id(p) in inside for p in fitted.trainable.values())
+def _frozen_blocks(fitted: Fitted) -> list[nn.Module]:
+    """The leading blocks in which and below which nothing learns; of one stack of blocks that are each their own."""
+    modules = [block.module for block in fitted.anatomy.blocks]
+    if fitted.anatomy.architecture == "encoder-decoder" or len(set(map(id, modules))) < len(modules):
+        return []
+    return modules[: len(modules) - reached(fitted)]
 
 
 def _probe(job: Job, device: str) -> Callable[[nn.Module], Tensor]:

@@ -66,6 +66,7 @@ class Job:
             "task options": self.task.facts(),
             "method": str(self.stack),
             "dropout": self.recipe.dropout,
+            "reuse": self.recipe.reuse,
             "max_length": self.max_length,
             "training rows": self.splits.train.fingerprint,
             "validation rows": self.splits.validation.fingerprint,
