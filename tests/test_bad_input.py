@@ -219,15 +219,30 @@ def test_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert status == 2 and "does not download" in said
 
 
-def test_weights_that_do_not_belong_are_not_left_random(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("task", ["text-classification", "sentence-similarity"])
+def test_weights_that_do_not_belong_are_not_left_random(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder whose tensors have other names would train from noise without a word."""
     from safetensors.torch import load_file, save_file
 
     tiny_folder(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     save_file({name.replace("encoder.layer.1", "encoder.layer.9"): t for name, t in tensors.items()}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    status, said = luthier(capsys, "adapt", "--model", tmp_path / "model", "--data", jsonl(ROWS)(tmp_path), "--out", tmp_path / "run")
+    rows = jsonl(tiny_rows(task, 60))(tmp_path)
+    status, said = luthier(capsys, "adapt", "--model", tmp_path / "model", "--data", rows, "--task", task, "--out", tmp_path / "run")
     assert status == 2 and "would stay random" in said and "layer.1." in said
+
+
+def test_tensors_that_transformers_renames_are_there(tmp_path: Path) -> None:
+    """Old BERT folders call a norm's weight gamma."""
+    from safetensors.torch import load_file, save_file
+
+    from luthier.pretrained import Pretrained
+
+    folder = tiny_folder(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    for auto_class in ("AutoModel", "AutoModelForSequenceClassification"):
+        assert Pretrained.open(folder).meta(auto_class)[1] == Pretrained.open(folder).load(auto_class)[1]
 
 
 def test_an_existing_run_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,6 +184,7 @@ LOST = {
     "an adapter of peft's under other names": ("peft(type=pissa, r=2)", "adapter", lambda t: {k.replace("layer.1", "layer.9"): v for k, v in t.items()}, "unknown.*layer.9"),
     "what an inserted module learnt": ("adapter(reduction=8)", "auto", lambda t: {k: v for k, v in t.items() if "layer.1" not in k}, "missing.*layer.1"),
     "the head of a difference": ("bitfit", "difference", lambda t: {k: v for k, v in t.items() if "classifier" not in k}, "missing.*classifier"),
+    "what a selection opened": ("bitfit", "difference", lambda t: {k: v for k, v in t.items() if "layer.1" not in k}, "missing.*layer.1"),
     "more than a difference has": ("bitfit", "difference", lambda t: {**t, "classifier.more": torch.zeros(2)}, "unknown.*classifier.more"),
     "the head of a merged model": ("lora", "auto", lambda t: {k: v for k, v in t.items() if "classifier" not in k}, "classifier.weight"),
     "the body of a merged model": ("lora", "auto", lambda t: {k: v for k, v in t.items() if "layer.1" not in k}, "layer.1"),

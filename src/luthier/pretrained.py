@@ -93,7 +93,7 @@ class Pretrained:
         prefix = model.base_model_prefix + "."
         have = {name.removeprefix(prefix): shape for name, shape in self.shapes.items()}
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        trunk = {id(p) for p in model.base_model.parameters()} if model.base_model is not model else set()
+        trunk = {id(p) for p in model.base_model.parameters()}  # a bare trunk is its own
         new = [
             name
             for name, p in model.named_parameters()

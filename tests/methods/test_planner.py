@@ -9,7 +9,7 @@ import torch
 
 import luthier
 from luthier import Anatomy, UserError, Workload
-from luthier.contract.tiny import tiny_model
+from luthier.contract.tiny import tiny_inputs, tiny_model
 from luthier.methods.planner import plan
 from luthier.methods.stack import parse
 
@@ -92,3 +92,45 @@ def test_apply_refuses_what_would_leave_random_weights_before_it_makes_them() ->
         luthier.apply(model, "reinit(top=1)|lora")
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
     assert luthier.apply(model, "reinit(top=1)|full") is model
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "t5", "dinov2"])
+def test_what_is_reinitialised_starts_as_a_new_model_does(architecture: str) -> None:
+    """By the model's own rule: T5 scales each weight by its width, GPT-2 its residual projections by its depth."""
+    fresh = {name: p.detach() for name, p in tiny_model(architecture, seed=1).named_parameters()}
+    model = tiny_model(architecture)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    again = dict(luthier.apply(model, "reinit(top=1)|full").named_parameters())
+    changed = [name for name, p in again.items() if not bool((p == 7.0).all())]
+    assert changed
+    for name in changed:
+        torch.testing.assert_close(again[name].std(correction=0), fresh[name].std(correction=0), rtol=0.35, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("stack", ["lora(r=2)", "lora(r=2, sites=word_embeddings+attention.query)", "adapter(reduction=8)", "he_parallel(reduction=4)", "lora(r=2)|adapter(reduction=8)"])
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_what_learns_stays_in_float32_on_a_model_stored_otherwise(architecture: str, stack: str) -> None:
+    """float64 stands for bfloat16, whose products not every processor computes."""
+    if architecture == "gpt2":
+        stack = stack.replace("word_embeddings", "wpe")
+    model = tiny_model(architecture).double()
+    inputs = tiny_inputs(architecture)
+    before = model(**inputs).last_hidden_state
+    fitted = luthier.apply(model, stack).luthier
+    after = fitted.model(**inputs).last_hidden_state
+    torch.testing.assert_close(after, before)
+    after.sum().backward()
+    assert after.dtype is torch.float64 and {fitted.trainable[name].dtype for name in fitted.added} == {torch.float32}
+
+
+def test_an_embedding_that_does_more_than_look_up_takes_no_change() -> None:
+    class Scaled(torch.nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) * 3
+
+    model = tiny_model("bert")
+    model.embeddings.word_embeddings.__class__ = Scaled
+    with pytest.raises(UserError, match="may scale them"):
+        luthier.apply(model, "lora(sites=word_embeddings)")

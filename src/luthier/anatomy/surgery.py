@@ -20,7 +20,7 @@ def reinitialise(model: nn.Module, modules: Iterable[nn.Module], rng: torch.Gene
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in chosen:
-            for part in module.modules():
+            for part in reversed(list(module.modules())):  # a parent corrects what its children were given
                 for parameter in part.parameters(recurse=False):
                     # transformers skips what it has marked as loaded
                     parameter._is_hf_initialized = False  # type: ignore[attr-defined]

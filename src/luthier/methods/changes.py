@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.anatomy import Site
 from luthier.errors import UserError
-from luthier.methods.kinds import Linear, WeightChange
+from luthier.methods.kinds import Linear, Parameters, WeightChange
 
 
 class Change(nn.Module):
@@ -28,6 +28,12 @@ class Change(nn.Module):
 
     def __getitem__(self, name: str) -> Tensor:
         return getattr(self, name)
+
+    def cast(self, like: Tensor) -> Parameters:
+        """The learnt tensors in the type of what they meet, should the model be stored in another; autocast sees to it by itself."""
+        if torch.is_autocast_enabled(like.device.type) or all(self[name].dtype == like.dtype for name in self.names):
+            return self
+        return {name: self[name].to(like.dtype) for name in self.names}
 
 
 def site_weight(module: nn.Module, rows: slice | None) -> Tensor:
@@ -47,12 +53,12 @@ class Changed:
         unchanged = super().forward  # type: ignore[misc]
         changes = self.changes()
         if isinstance(self, nn.Embedding):
-            weight = functools.reduce(lambda w, change: change.method.effective(w, change), changes, self.weight.T)
+            weight = functools.reduce(lambda w, change: change.method.effective(w, change.cast(w)), changes, self.weight.T)
             return nn.functional.embedding(x, weight.T, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
         bias: Tensor | None = self.bias  # type: ignore[attr-defined]
         if len(changes) == 1 and changes[0].rows is None:
             change = changes[0]
-            return change.method.forward(x, Linear(site_weight(self, None), bias, unchanged), change, change.training)  # type: ignore[arg-type]
+            return change.method.forward(x, Linear(site_weight(self, None), bias, unchanged), change.cast(x), change.training)  # type: ignore[arg-type]
         whole = unchanged(x)
         pieces, start = [], 0
         for change in sorted(changes, key=lambda c: c.rows.start):  # type: ignore[union-attr]
@@ -62,7 +68,7 @@ class Changed:
                 None if bias is None else bias[rows],
                 lambda z, rows=rows: (whole if z is x else unchanged(z))[..., rows],
             )
-            pieces += [whole[..., start : rows.start], change.method.forward(x, part, change, change.training)]
+            pieces += [whole[..., start : rows.start], change.method.forward(x, part, change.cast(x), change.training)]
             start = rows.stop
         return torch.cat([*pieces, whole[..., start:]], dim=-1)
 
@@ -81,6 +87,8 @@ def attach(site: Site, method: WeightChange, name: str, rng: torch.Generator) ->
     module = site.module
     if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
         raise UserError(f"{method.card.name}: {site.name} is a {type(module).__name__}; only linear layers and embeddings can be changed. Choose other sites.")
+    if isinstance(module, nn.Embedding) and not isinstance(module, Changed) and type(module).forward is not nn.Embedding.forward:
+        raise UserError(f"{method.card.name}: {site.name} is a {type(module).__name__}, which does more than look rows up (it may scale them), and a change of its weight would pass that by. Choose other sites.")
     change = Change(method, site, rng)
     change.train(module.training)
     if not isinstance(module, Changed):

@@ -72,7 +72,6 @@ class Fitted:
         for module in [m for m in self.model.modules() if isinstance(m, changes.Changed)]:
             changes.merge(module)  # type: ignore[arg-type]
         self.added = set()
-        self.opened |= {name for name, _ in self.model.named_parameters()}
 
     def close(self, names: set[str]) -> None:
         """Stop these from learning."""
@@ -107,7 +106,7 @@ def install(model: nn.Module, stack: Stack, seed: int = 0, new_heads: tuple[str,
             name = _free_name(method, model)
             fitted.places.append(Place(method, sites, name))
             for site in _once(sites):
-                _place(method, site, name, rng)
+                _place(method, site, name, rng, device)
     for method in stack:
         if isinstance(method, Bridge):
             with _seeded(rng):
@@ -130,14 +129,13 @@ def _bridged(name: str, heads: tuple[str, ...]) -> bool:
     return any(name.endswith(head) for head in heads)
 
 
-def _place(method: Method, site: Site, name: str, rng: torch.Generator) -> None:
+def _place(method: Method, site: Site, name: str, rng: torch.Generator, device: torch.device) -> None:
     if isinstance(method, WeightChange):
         changes.attach(site, method, name, rng)
     elif isinstance(method, Insert):
         with _seeded(rng):
             body = method.build(site)
-        weight = next(site.module.parameters(), None)
-        place = (inserts.Parallel if method.parallel else inserts.Sequential)(body.to(weight.device if weight is not None else None))
+        place = (inserts.Parallel if method.parallel else inserts.Sequential)(body.to(device))
         place.train(site.module.training)
         place.attach(site, name)
 

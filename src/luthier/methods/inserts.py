@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from luthier.anatomy import Site
@@ -21,7 +22,7 @@ class Sequential(nn.Module):
         site.module.register_forward_hook(self.after)
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return self.body(output)
+        return _in_own_type(self.body, output)
 
 
 class Parallel(nn.Module):
@@ -42,4 +43,12 @@ class Parallel(nn.Module):
         self.seen.append(args[0] if args else next(iter(kwargs.values())))
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + self.body(self.seen.pop())
+        return output + _in_own_type(self.body, self.seen.pop())
+
+
+def _in_own_type(body: nn.Module, hidden: Tensor) -> Tensor:
+    """What learns stays in float32 whatever type the model is stored in; autocast sees to it by itself."""
+    own = next((p.dtype for p in body.parameters()), hidden.dtype)
+    if own == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+        return body(hidden)
+    return body(hidden.to(own)).to(hidden.dtype)

@@ -32,11 +32,11 @@ PROMISES = {
 
 @dataclass(frozen=True)
 class Card:
-    """What a user reads about a method, what the planner checks and what the contract suite holds it to.
+    """What a user reads about a method, and what the contract suite holds it to.
 
     use       one line: what it does for a user
     source    paper and section, or the library whose behaviour it keeps
-    writes    aspects of the model that it changes: weights, selection, structure
+    writes    aspects of the model that it changes: weights, selection, structure (shown to users)
     promises  names from `PROMISES`; each is tested
     lr        peak learning rate for a model of 22 M parameters; the recipe scales it with model and rows
     examples  stacks that the contract suite runs; the first is the one that the documentation shows

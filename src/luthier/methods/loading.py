@@ -22,7 +22,7 @@ from luthier.methods.kinds import Insert
 from luthier.methods.stack import Stack, parse
 from luthier.pretrained import Configure, Pretrained, stored_shapes
 
-RECORD = ("form", "stack", "base", "auto_class", "new_heads")
+RECORD = ("form", "stack", "base", "auto_class", "new_heads", "tensors")
 
 
 def load(folder: str | Path, auto_class: str, configure: Configure | None = None, base: str | Path | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -52,7 +52,7 @@ def load(folder: str | Path, auto_class: str, configure: Configure | None = None
         return model
     stack = parse(record["stack"])
     fitted = install(model, stack, new_heads=tuple(record["new_heads"]))
-    _fill(fitted, folder / "luthier.safetensors")
+    _fill(fitted, folder / "luthier.safetensors", set(record["tensors"]))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
@@ -99,12 +99,12 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _fill(fitted: Fitted, file: Path) -> None:
+def _fill(fitted: Fitted, file: Path, wanted: set[str]) -> None:
     """Strictly: every tensor that learnt is in the file, and nothing else."""
     stored = stored_shapes(file)
     state = dict(fitted.model.state_dict())
-    unknown = sorted(name for name, shape in stored.items() if name not in state or tuple(state[name].shape) != shape)
-    missing = sorted(name for name in fitted.added | set(fitted.new_heads) | fitted.lost if name in state and name not in stored)
+    unknown = sorted(name for name, shape in stored.items() if name not in wanted or name not in state or tuple(state[name].shape) != shape)
+    missing = sorted((wanted | {name for name in fitted.added if name in state}) - set(stored))
     if unknown or missing:
         raise UserError(f"{file} does not fit its stack {fitted.stack}: unknown {unknown[:3]}, missing {missing[:3]}. It may come from another version of a method's package.")
     tensors = load_file(str(file))

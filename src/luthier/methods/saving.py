@@ -2,14 +2,14 @@
 
 model     what transformers opens: a full model, weight changes merged into it
 adapter   what peft opens: the learnt tensors, with the base named by path and hash
-luthier   `luthier.json` (stack, base, shapes) and `luthier.safetensors` (everything that learnt): stacks, inserts, small partial trainings of large models
+luthier   `luthier.json` (stack, base, names) and `luthier.safetensors` (everything that learnt): stacks, inserts, small partial trainings of large models
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,6 @@ class Saved:
     form: str
     dtype: str
     max_difference: float | None = None
-    note: str = ""
 
 
 def save(fitted: Fitted, folder: Path, base: Base, form: str = "auto", probe: Callable[[nn.Module], Tensor] | None = None) -> Saved:
@@ -121,14 +120,14 @@ def _save_adapter(fitted: Fitted, folder: Path, base: Base) -> Saved:
     heads = {name: p for name, p in fitted.model.named_parameters() if name in fitted.new_heads or (task_type in stock_adapter.OWN_HEAD and name in _heads(fitted))}
     if fitted.bridge:
         fitted.bridge.save(fitted.model, str(folder), base.path, list(heads))
-        return _name_base(folder, fitted, base, "adapter")
+        return _name_base(folder, fitted, base, "adapter", ())
     only_changes = not fitted.carries and all(isinstance(method, WeightChange) for method in fitted.stack) and fitted.opened <= set(fitted.new_heads)
     stock = stock_adapter.low_rank(fitted.model, task_type) if only_changes else None
     if stock is None:
         return _save_difference(fitted, folder, base)
     config, tensors = stock
     stock_adapter.write(folder, config, tensors, heads, base.path)
-    return _name_base(folder, fitted, base, "adapter")
+    return _name_base(folder, fitted, base, "adapter", ())
 
 
 def _heads(fitted: Fitted) -> set[str]:
@@ -139,16 +138,18 @@ def _save_difference(fitted: Fitted, folder: Path, base: Base) -> Saved:
     state = fitted.model.state_dict()
     kept = {name: state[name] for name in state if name in fitted.added | set(fitted.trainable) | set(fitted.new_heads) | fitted.lost}
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in kept.items()}, folder / "luthier.safetensors", {"format": "pt"})
-    return _name_base(folder, fitted, base, "luthier")
+    return _name_base(folder, fitted, base, "luthier", kept)
 
 
-def _name_base(folder: Path, fitted: Fitted, base: Base, form: str) -> Saved:
+def _name_base(folder: Path, fitted: Fitted, base: Base, form: str, tensors: Iterable[str]) -> Saved:
+    """tensors: what `luthier.safetensors` holds, where there is one."""
     content = {
         "form": form,
         "stack": str(fitted.stack),
         "base": {"path": base.path, "sha256": base.sha256},
         "auto_class": base.auto_class,
         "new_heads": list(fitted.new_heads),
+        "tensors": sorted(tensors),
         "if_the_base_moved": "write its new path into base.path here (and base_model_name_or_path of adapter_config.json), or pass --base PATH",
     }
     (folder / "luthier.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

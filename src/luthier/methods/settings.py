@@ -6,6 +6,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from luthier.errors import UserError, did_you_mean
@@ -19,16 +20,22 @@ def spell(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return value if _BARE.fullmatch(value) and value.lower() not in _WORDS else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return value if _BARE.fullmatch(value) and value.lower() not in _WORDS else _quoted(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(spell(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_quoted(k) if ':' in str(k) else spell(k)}: {spell(v)}" for k, v in value.items()) + "}"
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return repr(value)
 
 
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def read(text: str) -> Any:
-    """The value that a piece of a stack string means: number, true/false/none, list, quoted or bare text."""
+    """The value that a piece of a stack string means: number, true/false/none, list, mapping, quoted or bare text."""
     text = text.strip()
     if text[:1] in "\"'" and text[-1:] == text[:1] and len(text) > 1:
         return re.sub(r"\\(.)", r"\1", text[1:-1])
@@ -36,6 +43,13 @@ def read(text: str) -> Any:
         from luthier.methods.stack import divide
 
         return [read(piece) for piece in divide(text[1:-1], ",") if piece.strip()]
+    if text[:1] == "{" and text[-1:] == "}":
+        from luthier.methods.stack import divide
+
+        pairs = [divide(piece, ":") for piece in divide(text[1:-1], ",") if piece.strip()]
+        if any(len(pair) < 2 for pair in pairs):
+            raise UserError(f"Cannot read {text!r}: a mapping is written {{name: value, name: value}}.")
+        return {read(key): read(":".join(value)) for key, *value in pairs}
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     for number in (int, float):
