@@ -80,7 +80,7 @@ def test_gradients_reach_down_to_the_lowest_block_that_learns(stack: str, reache
     model = tiny_model("bert", "AutoModelForSequenceClassification")
     heads = tuple(name for name, _ in model.named_parameters() if name.startswith("classifier"))
     found = plan(model.to("meta"), parse(stack), heads)
-    assert found.reached == reached
+    assert (found.reached, found.frozen) == (reached, 3 - reached)
     full = Anatomy.of(model).memory(Workload(4, 16), 0)
     assert (Anatomy.of(model).memory(Workload(4, 16), 0, found.reached) < full) == (reached < 3)
 

@@ -16,12 +16,12 @@ from luthier.contract.tiny import tiny_model
 from luthier.data.columns import apply, assign
 from luthier.data.rows import Row, Rows
 from luthier.methods.engine import install
+from luthier.methods.planner import frozen_blocks
 from luthier.methods.stack import parse
 from luthier.tasks import find
 from luthier.tasks.base import Task
 from luthier.training import frozen
 from luthier.training.trainer import Trainer, TrainingSettings
-from luthier.verbs.adapt import _frozen_blocks
 from luthier.verbs.job import encode
 
 TOKENIZER = tiny_tokenizer()
@@ -40,7 +40,7 @@ def prepared(architecture: str, stack: str, tag: str = "text-classification") ->
     fitted = install(model, parse(stack), new_heads=heads)
     if kind.auto_class == "AutoModel":  # mean pooling reaches no pooler
         fitted.close({name for name, _ in model.named_parameters() if name.startswith("pooler")})
-    return model, task, rows, encode(task, rows, TOKENIZER, 48), _frozen_blocks(fitted)
+    return model, task, rows, encode(task, rows, TOKENIZER, 48), frozen_blocks(fitted)
 
 
 def trained(folder: Path, architecture: str, stack: str, reuse: bool, tag: str = "text-classification", settings: TrainingSettings = SETTINGS) -> tuple[dict[str, torch.Tensor], Trainer]:
@@ -129,3 +129,23 @@ def test_what_lies_below_has_no_dropout(tmp_path: Path) -> None:
     trainer._training_mode()
     still = {name for name, module in model.named_modules() if not module.training}
     assert {"bert.embeddings.dropout", "bert.encoder.layer.1.output.dropout"} <= still and not [name for name in still if "layer.2" in name or "classifier" in name or name == ""]
+
+
+def test_a_resumed_run_reads_the_same_states(tmp_path: Path) -> None:
+    expected, _ = trained(tmp_path / "whole", "bert", "freeze(bottom=2)", True)
+    model, task, rows, features, blocks = prepared("bert", "freeze(bottom=2)")
+    (tmp_path / "broken").mkdir()
+    trainer = Trainer(model, task, features, (features, rows), TOKENIZER, replace(SETTINGS, checkpoint_every=0.0), tmp_path / "broken", rows=rows, frozen=blocks)
+    step = trainer._step
+
+    def killed(batch: list[int], number: int) -> dict[str, Any]:
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(batch, number)
+
+    trainer._step = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    model, task, rows, features, blocks = prepared("bert", "freeze(bottom=2)")
+    Trainer(model, task, features, (features, rows), TOKENIZER, SETTINGS, tmp_path / "broken", rows=rows, frozen=blocks).fit(resume=True)
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters() if p.requires_grad)

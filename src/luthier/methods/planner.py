@@ -31,6 +31,7 @@ class Plan:
     trainable: int
     total: int
     reached: int  # blocks, counted from the last, that gradients go through
+    frozen: int  # leading blocks that can be run once for all passes
     new_heads: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
 
@@ -53,7 +54,7 @@ def plan(model: nn.Module, stack: Stack, new_heads: Sequence[str] = (), task_typ
         fitted = install(copy.deepcopy(model), stack, new_heads=tuple(new_heads), task_type=task_type)
     except NeedsWeights:
         heads = sum(p.numel() for name, p in model.named_parameters() if name in new_heads)
-        return Plan(stack, tuple(Step(str(m), (), 0) for m in stack), heads, anatomy.parameters, len(anatomy.blocks), tuple(new_heads), ("its parameters start from the weights and are counted once these are loaded",))
+        return Plan(stack, tuple(Step(str(m), (), 0) for m in stack), heads, anatomy.parameters, len(anatomy.blocks), 0, tuple(new_heads), ("its parameters start from the weights and are counted once these are loaded",))
     _check_learning(fitted)
     sizes = {name: p.numel() for name, p in fitted.model.named_parameters()}
     steps = []
@@ -68,7 +69,7 @@ def plan(model: nn.Module, stack: Stack, new_heads: Sequence[str] = (), task_typ
         else:
             steps.append(Step(str(method), (), 0))
     trainable = sum(p.numel() for p in fitted.trainable.values())
-    return Plan(stack, tuple(steps), trainable, sum(sizes.values()), reached(fitted), tuple(new_heads), tuple(_notes(fitted)))
+    return Plan(stack, tuple(steps), trainable, sum(sizes.values()), reached(fitted), len(frozen_blocks(fitted)), tuple(new_heads), tuple(_notes(fitted)))
 
 
 def check(anatomy: Anatomy, stack: Stack, new_heads: Sequence[str] = ()) -> None:
@@ -154,6 +155,14 @@ def reached(fitted: Fitted) -> int:
         return len(blocks)
     learning = [i for i, block in enumerate(blocks) if any(p.requires_grad for p in block)]
     return len(blocks) - min(learning, default=len(blocks))
+
+
+def frozen_blocks(fitted: Fitted) -> list[nn.Module]:
+    """The leading blocks in which and below which nothing learns, and which are therefore run once for all passes; of one stack of blocks that are each their own."""
+    modules = [block.module for block in fitted.anatomy.blocks]
+    if fitted.anatomy.architecture == "encoder-decoder" or len(set(map(id, modules))) < len(modules):
+        return []
+    return modules[: len(modules) - reached(fitted)]
 
 
 def _notes(fitted: Fitted) -> list[str]:

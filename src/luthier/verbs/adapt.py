@@ -17,7 +17,7 @@ from luthier import machine
 from luthier.errors import UserError
 from luthier.methods import loading, saving
 from luthier.methods.engine import Fitted, install
-from luthier.methods.planner import reached
+from luthier.methods.planner import frozen_blocks
 from luthier.methods.stock_adapter import TASK_TYPES
 from luthier.recipe import Recipe
 from luthier.runs import Followed, RunFolder, card
@@ -202,20 +202,12 @@ def _train(job: Job, fitted: Fitted, still: list[nn.Module], identity: dict[str,
         device,
         rows=job.splits.train,
         eval_modules=still,
-        frozen=_frozen_blocks(fitted) if recipe.reuse else (),
+        frozen=frozen_blocks(fitted) if recipe.reuse else (),
         identity=identity,
         rehearse_longest=tight,
         console=console,
     )
     return trainer.fit(resume=resume)
-
-
-def _frozen_blocks(fitted: Fitted) -> list[nn.Module]:
-    """The leading blocks in which and below which nothing learns; of one stack of blocks that are each their own."""
-    modules = [block.module for block in fitted.anatomy.blocks]
-    if fitted.anatomy.architecture == "encoder-decoder" or len(set(map(id, modules))) < len(modules):
-        return []
-    return modules[: len(modules) - reached(fitted)]
 
 
 def _probe(job: Job, device: str) -> Callable[[nn.Module], Tensor]:

@@ -13,6 +13,7 @@ from luthier.anatomy import Workload
 from luthier.errors import UserError
 from luthier.tasks.base import Features
 from luthier.training.batching import smaller_batch, steps_per_epoch
+from luthier.training.frozen import MEMORY
 from luthier.verbs.job import Job
 
 NEAR = 0.7  # of the free memory: from here on the longest batch is tried first
@@ -37,8 +38,8 @@ def examine(job: Job, out: Path, device: str) -> Report:
     steps = recipe.max_steps or max(1, round(job.chosen["epochs"].value * steps_per_epoch(len(train), recipe.batch_size)))
     micro = min(recipe.micro_batch_size or recipe.batch_size, len(train))
     longest = max(f.length for part in job.features.values() for f in part)
-    memory = _memory(job, micro)
     free = _gpu_free(device) if device.startswith("cuda") else machine.memory().available
+    memory = _memory(job, micro) + _kept(job, steps, free)
     if memory > 1.5 * free:
         raise UserError(
             f"The longest batch ({micro} rows of {longest} tokens) needs about {_bytes(memory)}, and {_bytes(free)} are free. "
@@ -72,6 +73,14 @@ def _memory(job: Job, micro: int) -> int:
     return model + sum(needed(Workload(batch=micro, length=max(found))) - model for found in lengths.values())
 
 
+def _kept(job: Job, steps: int, free: int) -> int:
+    """Bytes of what the frozen blocks made of every token, kept in memory for the passes to come; beyond a share of the free memory it lies on the disk."""
+    if not job.recipe.reuse or not job.plan.frozen or steps * job.recipe.batch_size <= len(job.features["train"]):
+        return 0
+    tokens = sum(sum(found) for found in _lengths([*job.features["train"], *job.features["validation"]]).values())
+    return min(4 * tokens * job.anatomy.width, int(MEMORY * free))
+
+
 def _lengths(features: Sequence[Features]) -> dict[str, list[int]]:
     """Tokens of every text, by its part of a row."""
     found: dict[str, list[int]] = {}
@@ -82,12 +91,14 @@ def _lengths(features: Sequence[Features]) -> dict[str, list[int]]:
 
 
 def _seconds(job: Job, steps: int, device: str) -> float:
-    """Forward and backward products of the real tokens, and the test rows once, at a share of this machine's ceiling."""
+    """Forward and backward products of the real tokens (forward ones of frozen blocks in the first pass alone), and the test rows once, at a share of this machine's ceiling."""
     train = job.features["train"]
     rows = steps * job.recipe.batch_size
+    once = job.plan.frozen / len(job.anatomy.blocks) if job.recipe.reuse else 0.0
+    passes = rows * (1 - once) + min(rows, len(train)) * once
     backward = (1 + job.plan.trainable / job.plan.total) * job.plan.reached / len(job.anatomy.blocks)
     forward = sum(2 * job.anatomy.macs(Workload(batch=1, length=max(1, round(sum(found) / len(train))))) for found in _lengths(train).values())
-    flop = forward * (rows * (1 + backward) + len(job.splits.test) + len(job.splits.validation) * max(1, job.chosen["epochs"].value))
+    flop = forward * (passes + rows * backward + len(job.splits.test) + len(job.splits.validation) * max(1, job.chosen["epochs"].value))
     return 5 + flop / (machine.ceiling(job.precision, device) * EFFICIENCY)
 
 
