@@ -64,6 +64,7 @@ def test_flags_keywords_and_yaml_are_one_recipe(tmp_path: Path, monkeypatch: pyt
     by_keywords = Recipe.build(**EVERYTHING)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**EVERYTHING, "where": {"lang": "swa", "year": 2020}}), encoding="utf-8")
     assert by_keywords == by_flags(monkeypatch, *shlex.split(FLAGS)) == Recipe.load(tmp_path / "r.yaml") == by_flags(monkeypatch, str(tmp_path / "r.yaml"))
+    assert by_flags(monkeypatch, str(tmp_path / "r.yaml"), "--set", "query_prefix=query: ", "--set", "symmetric=true").options == {"query_prefix": "query: ", "symmetric": True}
     assert by_flags(monkeypatch, str(tmp_path / "r.yaml"), "--lr", "3e-4", "--dropout") == by_keywords.merged(lr=3e-4, dropout=True)
 
 

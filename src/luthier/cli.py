@@ -250,15 +250,16 @@ def _pairs(text: str | None, flag: str, split: bool = True) -> dict[str, str]:
         name, equals, value = piece.partition("=")
         if not equals or not name.strip() or not value.strip():
             raise UserError(f"{flag}: cannot read {piece!r}; write name=value" + (", several separated by commas." if split else "."))
-        found[name.strip()] = value.strip()
+        found[name.strip()] = value.strip() if split else value  # a prefix ends in a blank
     return found
 
 
 def _value(text: str) -> Any:
-    """A number or true/false where the text is one."""
+    """A number or true/false where the text is one; other text stays as it is, to its last blank."""
     from luthier.methods.settings import read
 
-    return read(text)
+    value = read(text)
+    return text if value == text.strip() else value
 
 
 def main() -> None:

@@ -147,6 +147,6 @@ def test_real_code_has_no_file_and_no_pair_on_two_sides() -> None:
     files = [set(part.column("file")) for part in (raw.train, raw.validation, raw.test)]
     assert all(files) and not files[0] & files[1] and not (files[0] | files[1]) & files[2]
     typed = [apply(part, mapping, task.columns)[0] for part in (raw.train, raw.validation, raw.test)]
-    parted = without_shared(Splits(typed[0], typed[1], typed[2], []), task.columns)
+    parted = without_shared(Splits(typed[0], typed[1], typed[2], [], raw.cut), task.columns)
     pairs = [{(row["query"], row["document"]) for row in part} for part in (parted.train, parted.validation, parted.test)]
     assert not pairs[0] & (pairs[1] | pairs[2])

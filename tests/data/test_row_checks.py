@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from luthier import UserError
 from luthier.data.checks import RARE, duplicates, report, without_shared
 from luthier.data.rows import Row, Rows
 from luthier.data.splits import Splits
@@ -64,12 +67,16 @@ ROWS = st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=12)
 
 
 @settings(max_examples=50, deadline=None)
-@given(train=ROWS, validation=ROWS, test=ROWS)
-def test_no_double_is_left_on_two_sides_and_nothing_else_goes(train: list[str], validation: list[str], test: list[str]) -> None:
-    before = splits(texts(*train), texts(*validation), texts(*test))
+@given(train=ROWS, validation=ROWS, test=ROWS, cut=st.sampled_from([(), ("validation",), ("validation", "test")]))
+def test_no_double_is_left_where_luthier_cuts_and_nothing_else_goes(train: list[str], validation: list[str], test: list[str], cut: tuple[str, ...]) -> None:
+    before = replace(splits(texts(*train), texts(*validation), texts(*test)), cut=cut)
+    held = {text for name, part in (("validation", validation), ("test", test)) if name in cut for text in part}
+    if set(train) <= held:
+        with pytest.raises(UserError, match="nothing is left to learn from"):
+            without_shared(before, CLASSES)
+        return
     after = without_shared(before, CLASSES)
-    held = {*validation, *test}
     assert after.train.column("text") == [text for text in train if text not in held]
     assert (after.validation, after.test) == (before.validation, before.test)
     assert (after.notes == []) == (len(after.train) == len(before.train))
-    assert not any("in train too" in note for note in report(after, CLASSES))
+    assert not any(f"{name} rows are in train too" in note for name in cut for note in report(after, CLASSES))

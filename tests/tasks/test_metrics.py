@@ -48,18 +48,30 @@ def test_resampled_sums_equal_a_loop_over_resamples_and_do_not_depend_on_the_chu
     assert np.allclose(metrics.resampled_sums(many), whole)
 
 
+def mean_of(values, weights=None):
+    return metrics.measured({"mean": metrics.mean(values, weights)})["mean"]
+
+
+def test_metrics_measured_together_are_those_measured_alone():
+    counts = {"a": metrics.mean(rng.normal(size=80)), "b": metrics.Count(rng.integers(0, 5, (80, 3)).astype(float), metrics.f1_from_counts)}
+    together = metrics.measured(counts)
+    for name, count in counts.items():
+        alone = metrics.measured({name: count})[name]
+        assert np.allclose([alone.value, alone.low, alone.high], [together[name].value, together[name].low, together[name].high])
+
+
 def test_intervals_hold_the_value_and_are_as_wide_as_the_standard_error_says():
     values = rng.normal(3, 2, size=400)
-    found = metrics.mean(values)
+    found = mean_of(values)
     error = values.std() / np.sqrt(len(values))
     assert found.value == pytest.approx(values.mean())
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
-    assert metrics.mean(values) == found  # seeded
+    assert mean_of(values) == found  # seeded
 
 
 def test_intervals_cover_the_true_value_as_often_as_they_say():
     draws = np.random.default_rng(2)
-    covers = [found.low <= 0.7 <= found.high for found in (metrics.mean(draws.random(150) < 0.7) for _ in range(200))]
+    covers = [found.low <= 0.7 <= found.high for found in (mean_of(draws.random(150) < 0.7) for _ in range(200))]
     assert 0.88 <= np.mean(covers) <= 0.99
 
 
@@ -72,7 +84,7 @@ def test_spearman_interval_covers_the_true_correlation():
 
 def test_a_weighted_mean_is_the_mean_of_what_the_weights_count():
     shares, weights = rng.random(30), rng.integers(1, 9, 30)
-    assert metrics.mean(shares, weights).value == pytest.approx(np.repeat(shares, weights).mean())
+    assert mean_of(shares, weights).value == pytest.approx(np.repeat(shares, weights).mean())
 
 
 def test_ranks_count_better_and_equal_columns():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 
+import luthier.tasks as registry
 from luthier import UserError
 from luthier.contract.texts import tiny_rows
 from luthier.contract.tiny import tiny_config
@@ -23,6 +26,46 @@ def test_every_task_says_what_a_user_must_know():
     for tag, task in tasks().items():
         assert task.tag == tag and task.use and task.metric in task.measures
         assert any(column.required for column in task.columns) and all(column.use for column in task.columns)
+
+
+class Offer:
+    """An entry point of some package."""
+
+    name, value, dist = "mine", "mine.task", None
+
+    def __init__(self, found):
+        self.found = found
+
+    def load(self):
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+@pytest.fixture
+def offering(monkeypatch):
+    def offer(found):
+        monkeypatch.setattr(registry, "entry_points", lambda group: [Offer(found)])
+        tasks.cache_clear()
+
+    yield offer
+    tasks.cache_clear()
+
+
+def test_tasks_of_other_packages_are_found_by_module_or_class(offering):
+    mine = type("Mine", (find("regression"),), {"tag": "my-task", "__module__": "mine"})
+    module = ModuleType("mine")
+    module.Mine = mine
+    for found in (mine, module):
+        offering(found)
+        assert find("my-task") is mine
+
+
+@pytest.mark.parametrize("found,expected", [(ImportError("no torch"), "offers the task 'mine'.*no torch"), (type("Twin", (find("regression"),), {"__module__": "mine"}), "Two tasks are called 'regression'")])
+def test_a_broken_package_is_named(found, expected, offering):
+    offering(found)
+    with pytest.raises(UserError, match=expected):
+        find("regression")
 
 
 def test_names_and_aliases_are_found_and_typos_are_answered():

@@ -8,11 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from luthier import UserError
 from luthier.contract.texts import tiny_rows, tiny_tokenizer
 from luthier.tasks.base import BaselineContext
-from luthier.tasks.sentence_similarity import SCALE, SentenceSimilarity, _bm25_ranks
+from luthier.tasks.sentence_similarity import SCALE, SentenceSimilarity, _bm25_ranks, allowed_candidates
 from luthier.training import evaluation
 
 TOKENIZER = tiny_tokenizer()
@@ -75,6 +77,17 @@ def test_a_batch_in_which_nothing_is_wrong_teaches_nothing(rows, built):
     found = rows([{"query": "red", "document": "the boat"}, {"query": "blue", "document": "the boat"}, {"query": "red", "document": "the tree"}, {"query": "blue", "document": "the tree"}])
     term = task.loss(built(task), task.collate([task.encode(row, TOKENIZER, 48) for row in found], range(4), TOKENIZER))
     assert float(term.sum) == pytest.approx(0, abs=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=8), negatives=st.lists(st.integers(0, 4), max_size=4))
+def test_candidates_compete_by_a_definition_in_words(rows, negatives):
+    """A text competes in a row unless it is the row's own document, or one that a row of the same query gives; the row's own place counts."""
+    queries, documents = [q for q, _ in rows], [d for _, d in rows] + negatives
+    allowed = allowed_candidates(torch.tensor(queries), torch.tensor(documents))
+    for i, query in enumerate(queries):
+        right = {d for q, d in rows if q == query}
+        assert allowed[i].tolist() == [j == i or text not in right for j, text in enumerate(documents)]
 
 
 def test_masking_is_by_text_never_by_likeness(rows, built):

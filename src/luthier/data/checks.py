@@ -46,15 +46,15 @@ def report(splits: Splits, columns: Sequence[Column]) -> list[str]:
 
 
 def without_shared(splits: Splits, columns: Sequence[Column]) -> Splits:
-    """Train rows whose inputs are in validation or test are taken out of train (used where luthier itself makes the split). Raises UserError where that leaves none."""
+    """Train rows whose inputs are in a part that luthier cut off are taken out of train; those of a part that was given stay. Raises UserError where that leaves none."""
     inputs = [column.role for column in columns if column.kind in ("text", "words")]
-    held = {_key(row, inputs) for rows in (splits.validation, splits.test) for row in rows} if inputs else set()
+    held = {_key(row, inputs) for name in splits.cut for row in getattr(splits, name)} if inputs else set()
     keep = [i for i, row in enumerate(splits.train) if _key(row, inputs) not in held]
     if len(keep) == len(splits.train):
         return splits
     if not keep:
-        raise UserError(f"{splits.train.name}: the rows are so alike that every training row is in validation or test too, and nothing is left to learn from. Give more rows that differ.")
-    note = f"{len(splits.train) - len(keep)} training rows that are also in validation or test are left out of train"
+        raise UserError(f"{splits.train.name}: the rows are so alike that every training row is in {' or '.join(splits.cut)} too, and nothing is left to learn from. Give more rows that differ.")
+    note = f"{len(splits.train) - len(keep)} training rows that are also in {' or '.join(splits.cut)} are left out of train"
     return replace(splits, train=splits.train.take(keep), notes=[*splits.notes, note])
 
 

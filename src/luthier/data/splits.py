@@ -18,10 +18,13 @@ FEWEST = 3  # rows of each part
 
 @dataclass(frozen=True)
 class Splits:
+    """cut: the parts that luthier cut off, where the source lacked them."""
+
     train: Rows
     validation: Rows
     test: Rows
     notes: list[str]
+    cut: tuple[str, ...] = ()
 
 
 def split(parts: dict[str, Rows], stratify: str | None, group: str | None, seed: int, train_rows: int | None) -> Splits:
@@ -33,6 +36,7 @@ def split(parts: dict[str, Rows], stratify: str | None, group: str | None, seed:
     notes: list[str] = []
     parts = dict(parts)
     whole = parts.pop("all", None)
+    lacking = ("validation", "test")
     if whole is not None:
         _enough(whole, 2, group)
         train, test = cut(whole, HELD_OUT, stratify, group, seed, cuts=2)
@@ -45,7 +49,8 @@ def split(parts: dict[str, Rows], stratify: str | None, group: str | None, seed:
         if test is None and validation is not None:
             test, validation = validation, None
             notes.append("there is no test part: the given validation part is the test, and a validation part is cut from train")
-        if missing := (test is None) + (validation is None):
+        lacking = tuple(name for name, part in (("validation", validation), ("test", test)) if part is None)
+        if missing := len(lacking):
             _enough(train, missing, group)
         elif group:
             raise UserError(f"--group {group} has no effect, since the source has train, validation and test parts of its own. Leave it out.")
@@ -61,7 +66,7 @@ def split(parts: dict[str, Rows], stratify: str | None, group: str | None, seed:
         elif train_rows < len(train):
             train = train.take(sorted(_order(len(train), _labels(train, stratify), seed)[:train_rows]))
             notes.append(f"train: {train_rows} rows of it are used")
-    return Splits(train, validation, test, notes)
+    return Splits(train, validation, test, notes, lacking)
 
 
 def cut(rows: Rows, share: float, stratify: str | None, group: str | None, seed: int, most: int | None = None, cuts: int = 1) -> tuple[Rows, Rows]:

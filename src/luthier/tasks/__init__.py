@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any
 
 from luthier.data.columns import kinds_of
@@ -23,13 +24,31 @@ ALIASES = {"classification": "text-classification", "ner": "token-classification
 def tasks() -> dict[str, type[Task]]:
     """Tag -> class, sorted."""
     found: dict[str, type[Task]] = {}
-    modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(__path__, __name__ + ".")]
-    modules += [entry.load() for entry in entry_points(group=GROUP)]
-    for module in modules:
-        for value in vars(module).values():
-            if inspect.isclass(value) and issubclass(value, Task) and not inspect.isabstract(value) and value.__module__ == module.__name__:
-                found[value.tag] = value
+    for module in pkgutil.iter_modules(__path__, __name__ + "."):
+        _collect(importlib.import_module(module.name), found)
+    for entry in entry_points(group=GROUP):
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            owner = entry.dist.name if entry.dist else entry.value
+            raise UserError(f"The package {owner!r} offers the task {entry.name!r} to luthier, but loading {entry.value} failed: {error!r}. Repair it or: pip uninstall {owner}") from error
+        if isinstance(loaded, ModuleType):
+            _collect(loaded, found)
+        else:
+            _add(loaded, found)
     return dict(sorted(found.items()))
+
+
+def _collect(module: ModuleType, found: dict[str, type[Task]]) -> None:
+    for value in vars(module).values():
+        if inspect.isclass(value) and issubclass(value, Task) and not inspect.isabstract(value) and value.__module__ == module.__name__:
+            _add(value, found)
+
+
+def _add(task: type[Task], found: dict[str, type[Task]]) -> None:
+    if task.tag in found and found[task.tag] is not task:
+        raise UserError(f"Two tasks are called {task.tag!r}: {found[task.tag].__module__} and {task.__module__}. Uninstall one of the packages.")
+    found[task.tag] = task
 
 
 def find(name: str) -> type[Task]:
@@ -42,14 +61,11 @@ def find(name: str) -> type[Task]:
 
 def infer(rows: Rows, given: Mapping[str, str], config: Any) -> tuple[type[Task], str]:
     """The task that columns and model leave no doubt about, and why. Raises UserError otherwise."""
-    claims = [(task, reason) for task in tasks().values() if (reason := task.claims(_kinds(rows), given, config))]
+    kinds = {name: kinds_of(rows.column(name)) for name in rows.columns}
+    claims = [(task, reason) for task in tasks().values() if (reason := task.claims(kinds, given, config))]
     if len(claims) == 1:
         return claims[0]
     columns = ", ".join(rows.columns)
     if not claims:
         raise UserError(f"Cannot tell the task from the columns {columns}. Give --task, one of: {', '.join(tasks())}. `luthier tasks` says which columns each reads.")
     raise UserError(f"The columns {columns} fit {' and '.join(task.tag for task, _ in claims)}. Choose with --task.")
-
-
-def _kinds(rows: Rows) -> dict[str, set[str]]:
-    return {name: kinds_of(rows.column(name)) for name in rows.columns}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,18 +31,31 @@ def interval(value: float, draws: np.ndarray) -> Metric:
     return Metric(float(value), float(low), float(high))
 
 
-def mean(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None) -> Metric:
+@dataclass(frozen=True)
+class Count:
+    """A metric as a function of what adds over rows. numbers (rows, k); score (n, k) -> (n,)."""
+
+    numbers: np.ndarray
+    score: Callable[[np.ndarray], np.ndarray]
+
+
+def mean(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None) -> Count:
     """The (weighted) mean of one number per row."""
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
-    sums = resampled_sums(np.stack([values * weights, weights], axis=1))
+    return Count(np.stack([values * weights, weights], axis=1), lambda s: s[:, 0] / s[:, 1])
+
+
+def measured(counts: Mapping[str, Count]) -> dict[str, Metric]:
+    """All by the same resamples, which are drawn once: with many rows the draws are what takes time."""
+    drawn = resampled_sums(np.concatenate([count.numbers for count in counts.values()], axis=1))
+    found, start = {}, 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        return interval(float((values * weights).sum() / weights.sum()), sums[:, 0] / sums[:, 1])
-
-
-def function_of_counts(counts: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> Metric:
-    """`score` of counts that add over rows. counts (rows, k); score (n, k) -> (n,)."""
-    return interval(float(score(counts.sum(0, keepdims=True))[0]), score(resampled_sums(counts)))
+        for name, count in counts.items():
+            width = count.numbers.shape[1]
+            found[name] = interval(float(count.score(count.numbers.sum(0, keepdims=True))[0]), count.score(drawn[:, start : start + width]))
+            start += width
+    return found
 
 
 def classification(truth: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, Metric]:
@@ -55,7 +69,7 @@ def classification(truth: np.ndarray, predicted: np.ndarray, classes: int) -> di
         f1 = np.where(occurs, 2 * hits / np.maximum(true + guessed, 1e-12), 0.0)
         return f1.sum(1) / np.maximum(occurs.sum(1), 1)
 
-    return {"accuracy": mean(truth == predicted), "macro_f1": function_of_counts(counts, macro_f1)}
+    return measured({"accuracy": mean(truth == predicted), "macro_f1": Count(counts, macro_f1)})
 
 
 def regression(truth: np.ndarray, predicted: np.ndarray) -> dict[str, Metric]:
@@ -67,12 +81,8 @@ def regression(truth: np.ndarray, predicted: np.ndarray) -> dict[str, Metric]:
         spread = s[:, 1] - s[:, 2] ** 2 / s[:, 3]
         return 1 - s[:, 0] / np.where(spread > 0, spread, np.nan)
 
-    return {
-        "pearson": function_of_counts(_moments(truth, predicted), _pearson),
-        "spearman": spearman(truth, predicted),
-        "mae": mean(np.abs(error)),
-        "r2": function_of_counts(sums, r2),
-    }
+    found = measured({"pearson": Count(_moments(truth, predicted), _pearson), "mae": mean(np.abs(error)), "r2": Count(sums, r2)})
+    return {"pearson": found["pearson"], "spearman": spearman(truth, predicted), "mae": found["mae"], "r2": found["r2"]}
 
 
 def spearman(truth: np.ndarray, predicted: np.ndarray) -> Metric:
@@ -110,7 +120,7 @@ def f1_from_counts(sums: np.ndarray) -> np.ndarray:
 
 
 def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The rank (from 1) of each row's right column; columns of equal score that stand before it count against it. scores (rows, columns)."""
+    """The rank (from 1) of each row's right column; other columns of equal score count against it. scores (rows, columns)."""
     own = scores[np.arange(len(scores)), right][:, None]
     better = (scores > own).sum(1)
     tied = (scores == own).sum(1) - 1
@@ -119,8 +129,8 @@ def ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def retrieval(found: np.ndarray) -> dict[str, Metric]:
     """MRR, nDCG@10 and top-1 of ranks (rows,), with one right answer a row."""
-    return {
+    return measured({
         "mrr": mean(1 / found),
         "ndcg@10": mean(np.where(found <= 10, 1 / np.log2(found + 1), 0.0)),
         "top1": mean(found == 1),
-    }
+    })

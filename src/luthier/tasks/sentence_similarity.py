@@ -223,7 +223,7 @@ def allowed_candidates(query_text: Tensor, candidate_text: Tensor) -> Tensor:
     own = candidate_text[:rows]
     same_document = candidate_text[None, :] == own[:, None]
     same_query = query_text[:, None] == query_text[None, :]
-    right_for = (same_query[:, :, None] & (own[None, :, None] == candidate_text[None, None, :])).any(1)
+    right_for = same_query.float() @ same_document.float() > 0
     allowed = ~(same_document | right_for)
     allowed[torch.arange(rows), torch.arange(rows)] = True
     return allowed

@@ -132,11 +132,11 @@ class TextGeneration(Task):
 
     def measure(self, outputs: Sequence[Any], rows: Rows) -> dict[str, Metric]:
         counts = np.stack(outputs)
-        return {
-            "bits_per_byte": metrics.function_of_counts(counts, lambda s: s[:, 0] / math.log(2) / np.maximum(s[:, 3], 1)),
-            "perplexity": metrics.function_of_counts(counts, lambda s: np.exp(s[:, 0] / np.maximum(s[:, 1], 1))),
-            "token_accuracy": metrics.function_of_counts(counts, lambda s: s[:, 2] / np.maximum(s[:, 1], 1)),
-        }
+        return metrics.measured({
+            "bits_per_byte": metrics.Count(counts, lambda s: s[:, 0] / math.log(2) / np.maximum(s[:, 3], 1)),
+            "perplexity": metrics.Count(counts, lambda s: np.exp(s[:, 0] / np.maximum(s[:, 1], 1))),
+            "token_accuracy": metrics.Count(counts, lambda s: s[:, 2] / np.maximum(s[:, 1], 1)),
+        })
 
     def per_row(self, outputs: Sequence[Any], rows: Rows) -> list[float]:
         """Minus bits per byte of each row, so that larger is better."""

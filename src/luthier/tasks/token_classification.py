@@ -149,12 +149,12 @@ class TokenClassification(Task):
         types, counts = self._counts(outputs, rows)
         total = counts.sum(1)
         found = {
-            "f1": metrics.function_of_counts(total, metrics.f1_from_counts),
-            "precision": metrics.function_of_counts(total, lambda s: s[:, 0] / np.maximum(s[:, 2], 1e-12)),
-            "recall": metrics.function_of_counts(total, lambda s: s[:, 0] / np.maximum(s[:, 1], 1e-12)),
+            "f1": metrics.Count(total, metrics.f1_from_counts),
+            "precision": metrics.Count(total, lambda s: s[:, 0] / np.maximum(s[:, 2], 1e-12)),
+            "recall": metrics.Count(total, lambda s: s[:, 0] / np.maximum(s[:, 1], 1e-12)),
             "accuracy": metrics.mean(*self._word_accuracy(outputs, rows)),
         }
-        return found | {f"f1/{kind}": metrics.function_of_counts(counts[:, i], metrics.f1_from_counts) for i, kind in enumerate(types)}
+        return metrics.measured(found | {f"f1/{kind}": metrics.Count(counts[:, i], metrics.f1_from_counts) for i, kind in enumerate(types)})
 
     def per_row(self, outputs: Sequence[Any], rows: Rows) -> list[float]:
         """F1 of each sentence; 1 where there is nothing to find and nothing was found."""

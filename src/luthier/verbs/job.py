@@ -102,10 +102,8 @@ def prepare(recipe: Recipe, data: Any = None, device: str = "cpu") -> Job:
     for name in ("train", "validation", "test"):
         typed[name], warnings = apply(getattr(raw, name), mapping, task_type.columns)
         notes += [f"{name}: {warning}" for warning in warnings]
-    splits = Splits(typed["train"], typed["validation"], typed["test"], raw.notes)
-    if "all" in parts:
-        splits = checks.without_shared(splits, task_type.columns)
-        notes += splits.notes[len(raw.notes) :]
+    splits = checks.without_shared(replace(raw, **typed), task_type.columns)
+    notes += splits.notes[len(raw.notes) :]
     notes += checks.report(splits, task_type.columns)
     task = task_type.learn(splits.train, splits.validation, splits.test, **{**task_type.model_options(start.path), **loading.earlier_facts(start.path, task_type.options), **recipe.options}).follow(config)
     if recipe.metric and recipe.metric not in task.metrics:
