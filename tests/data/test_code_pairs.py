@@ -10,6 +10,7 @@ import pytest
 
 from luthier import UserError
 from luthier.data.checks import without_shared
+from luthier.data.code import functions
 from luthier.data.columns import apply, assign
 from luthier.data.rows import Row
 from luthier.data.sources import read
@@ -81,6 +82,10 @@ def test_what_says_nothing_or_cannot_be_parted_is_no_pair(tmp_path: Path) -> Non
         'def beside():\n    """A docstring beside its code."""; x = 1\n    return x\n'
     )
     assert list(found(tmp_path, text + DOCUMENTED.format(name="seven", value=7))) == ["seven"]
+    every = {row["name"]: row for row in functions(tmp_path, documented=False)}
+    assert list(every) == ["short", "bare", "none", "line", "beside", "seven"]
+    assert every["short"]["code"] == "def short():\n    return 1" and every["none"]["docstring"] == "" and every["seven"]["code"] == "def seven(n):\n    return 7 * n"
+    assert all("docstring" in every[name]["code"] for name in ("bare", "line", "beside")), "what cannot be parted stays whole"
 
 
 def test_broken_sources_are_skipped_and_none_is_run(tmp_path: Path) -> None:

@@ -116,3 +116,10 @@ def test_the_command_line(run: luthier.Run, made, call, tmp_path: Path) -> None:
         assert ended.status == 2 and expected in ended.err, ended.err
     with pytest.raises(UserError, match="to search over"):
         luthier.search(run, over=[{"document": 3}], words="red")
+
+
+def test_functions_are_found_without_a_docstring(run: luthier.Run, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "module.py").write_text("def red(boat):\n    return boat\n\n\ndef blue(tree):\n    return tree + 1\n", encoding="utf-8")
+    (hits,) = luthier.search(run, over=f"python:{tmp_path / 'code'}", words="red boat")
+    assert sorted(hit.row["name"] for hit in hits) == ["blue", "red"]

@@ -1,4 +1,4 @@
-"""`python:FOLDER`: the docstring and the code of every function, as pairs for code search. Sources are parsed, never imported."""
+"""`python:FOLDER`: the docstring and the code of functions, as pairs for code search. Sources are parsed, never imported."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "node
 FEWEST_WORDS = 4  # a docstring of fewer says nothing that one could search for
 
 
-def functions(folder: Path) -> Rows:
-    """Rows `docstring`, `code` (without the docstring), `name`, `file`, `line`. Raises UserError where there is no documented function."""
+def functions(folder: Path, documented: bool = True) -> Rows:
+    """Rows `docstring`, `code` (without the docstring), `name`, `file`, `line`. Raises UserError where there is no such function.
+
+    documented  only functions whose docstring and code make a pair, to learn from; otherwise all, to search through
+    """
     folder = folder.expanduser()  # shells leave the ~ of python:~/code alone
     if not folder.exists():
         raise UserError(f"python:{folder}: there is no such file or folder.")
@@ -28,13 +31,13 @@ def functions(folder: Path) -> Rows:
     seen: set[tuple[str, str]] = set()
     rows = []
     for file in files:
-        for row in _of_file(file, root):
+        for row in _of_file(file, root, documented):
             key = (row["docstring"], row["code"])
             if key not in seen:
                 seen.add(key)
                 rows.append(row)
     if not rows:
-        raise UserError(f"python:{folder} has {len(files)} .py files, but no function with a docstring of {FEWEST_WORDS} words or more.")
+        raise UserError(f"python:{folder} has {len(files)} .py files, but no function" + (f" with a docstring of {FEWEST_WORDS} words or more." if documented else "."))
     return Rows.of(rows, f"python:{folder}")
 
 
@@ -46,7 +49,7 @@ def _sources(folder: Path) -> Iterator[Path]:
                 yield Path(place) / file
 
 
-def _of_file(file: Path, root: Path) -> Iterator[Row]:
+def _of_file(file: Path, root: Path, documented: bool) -> Iterator[Row]:
     try:
         with tokenize.open(file) as stream:  # in the encoding that the file declares
             text = stream.read()
@@ -56,16 +59,22 @@ def _of_file(file: Path, root: Path) -> Iterator[Row]:
         return  # templates and sources of another Python are no rows
     lines = text.split("\n")  # and at no form feed: lines as the parser counts them
     for name, node in _functions(tree, ""):
-        docstring = ast.get_docstring(node)
-        if not docstring or len(docstring.split("\n\n")[0].split()) < FEWEST_WORDS or len(node.body) < 2:
+        said = (ast.get_docstring(node) or "").split("\n\n")[0]
+        apart = bool(said) and _stands_apart(node, lines)
+        if documented and not (apart and len(said.split()) >= FEWEST_WORDS):
             continue
-        first, second = node.body[:2]
-        if first.end_lineno == second.lineno or lines[first.lineno - 1].encode()[: first.col_offset].strip():
-            continue  # the docstring shares a line with code
-        code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
+        first = node.body[0]
+        code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno] if apart else lines[node.lineno - 1 : node.end_lineno]
         code = "\n".join(line[node.col_offset :] if line[: node.col_offset].isspace() else line for line in code)
-        said = docstring.split("\n\n")[0]
         yield Row({"docstring": said, "code": code, "name": name, "file": str(file.relative_to(root)), "line": node.lineno}, str(file), node.lineno)
+
+
+def _stands_apart(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> bool:
+    """Whether the docstring can be taken out by its lines and leaves a body."""
+    if len(node.body) < 2:
+        return False
+    first, second = node.body[:2]
+    return first.end_lineno != second.lineno and not lines[first.lineno - 1].encode()[: first.col_offset].strip()
 
 
 def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:

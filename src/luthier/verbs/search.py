@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from luthier import machine
+from luthier.data.code import functions
 from luthier.data.columns import assign
 from luthier.data.rows import Row
-from luthier.data.sources import read
+from luthier.data.sources import PYTHON, read
 from luthier.errors import UserError
 from luthier.verbs.run import Run, load
 
@@ -66,7 +67,8 @@ def search(
 
 def _documents(run: Run, over: Any, columns: dict[str, str] | None, encoding: str | None) -> tuple[list[Row], list[str]]:
     """Rows with different texts, each once."""
-    parts = read(over, encoding)
+    # to be found a function needs no docstring
+    parts = {"all": functions(Path(over.removeprefix(PYTHON)), documented=False)} if isinstance(over, str) and over.startswith(PYTHON) else read(over, encoding)
     first = next(iter(parts.values()))
     column = run.columns(columns).get("document", "")
     if column not in first.columns:
