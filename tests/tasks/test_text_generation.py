@@ -123,6 +123,20 @@ def test_a_prompt_too_long_for_the_model_leaves_room_for_the_answer(rows, built)
     assert answer[0] == answer[1]  # its end was read
 
 
+def test_answers_end_where_training_ended_texts_and_read_what_was_said_to_be_read(rows, built, monkeypatch):
+    task = TextGeneration(True, max_new_tokens=3)
+    model = built(task, "gpt2")
+    model.generation_config.eos_token_id = 3  # another end than the tokenizer's
+    asked = rows({"prompt": "boat " * n} for n in (30, 2, 1))
+    features = [task.encode(row, TOKENIZER, 8) for row in asked]
+    assert [f.truncated for f in features] == [22, 0, 0]
+    calls = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: (calls.append(given), generate(**given))[1])
+    assert len(task.answers(model, features, asked, TOKENIZER, batch_size=2)) == 3
+    assert [call["input_ids"].shape for call in calls] == [(2, 8), (1, 1)] and all(call["eos_token_id"] == sorted({3, END}) for call in calls)
+
+
 def test_an_empty_prompt_is_answered(rows, built):
     task = TextGeneration(True, max_new_tokens=3)
     asked = rows([{}])

@@ -170,7 +170,7 @@ class Task(ABC):
     def predictions(self, outputs: Sequence[Any], rows: Rows, top: int = 1) -> list[dict[str, Any]]:
         """What a user wants of each row, as columns to add: label and score, tags, a number."""
 
-    def answers(self, model: nn.Module, features: Sequence[Features], rows: Rows, tokenizer: Any, top: int = 1) -> list[dict[str, Any]] | None:
+    def answers(self, model: nn.Module, features: Sequence[Features], rows: Rows, tokenizer: Any, top: int = 1, batch_size: int = 64) -> list[dict[str, Any]] | None:
         """Predictions that need the model itself rather than its outputs (generated text); None where `predictions` does."""
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,20 +114,24 @@ class TextGeneration(Task):
         raise UserError("text-generation predicts by generating; use run.predict or luthier predict.")
 
     @torch.no_grad()
-    def answers(self, model: nn.Module, features: Sequence[Features], rows: Rows, tokenizer: Any, top: int = 1) -> list[dict[str, Any]]:
-        """The greedy continuation of each prompt (of each text, where texts were learnt); of prompts too long for both, the end is read."""
+    def answers(self, model: nn.Module, features: Sequence[Features], rows: Rows, tokenizer: Any, top: int = 1, batch_size: int = 64) -> list[dict[str, Any]]:
+        """The greedy continuation of each prompt (of each text, where texts were learnt), to the end that training taught; of prompts that are too long the end is read."""
         made = []
         device = next(model.parameters()).device
         positions = getattr(model.config, "max_position_embeddings", None)
-        room = max(1, positions - self.max_new_tokens) if isinstance(positions, int) and positions > 0 else None
+        room = max(1, positions - self.max_new_tokens) if isinstance(positions, int) and positions > 0 else sys.maxsize
         begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_token(tokenizer)
-        prompts = [(_prompt(row.get(self.reads[0]), tokenizer) or [begin])[-room if room else None :] for row in rows]
-        for start in range(0, len(prompts), 16):
-            ids = prompts[start : start + 16]
+        prompts = [(_prompt(row.get(self.reads[0]), tokenizer) or [begin])[-min(room, max(1, read.length)) :] for row, read in zip(rows, features, strict=True)]
+        known = getattr(model, "generation_config", None) or model.config
+        ends = {end for found in (tokenizer.eos_token_id, getattr(known, "eos_token_id", None)) for end in (found if isinstance(found, (list, tuple)) else [found]) if end is not None}
+        for start in range(0, len(prompts), batch_size):
+            ids = prompts[start : start + batch_size]
             # prompts of unequal length end together, so that what follows begins at one place
             inputs = pad(ids, pad_token(tokenizer), "left").to(device)
             mask = pad([[1] * len(i) for i in ids], 0, "left").to(device)
-            found = model.generate(input_ids=inputs, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens, pad_token_id=pad_token(tokenizer))  # type: ignore[operator]
+            found = model.generate(  # type: ignore[operator]
+                input_ids=inputs, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens, pad_token_id=pad_token(tokenizer), eos_token_id=sorted(ends) or None
+            )
             made += [{"predicted": text} for text in tokenizer.batch_decode(found[:, inputs.shape[1] :], skip_special_tokens=True)]
         return made
 

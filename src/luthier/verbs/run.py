@@ -107,7 +107,7 @@ class Run:
     def answers(self, typed: Rows, top: int = 1, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for rows by role."""
         features = self._features(typed)
-        written = self.task.answers(self.model, features, typed, self.tokenizer, top)
+        written = self.task.answers(self.model, features, typed, self.tokenizer, top, batch_size)
         return written if written is not None else self.task.predictions(self._outputs(features, batch_size), typed, top)
 
     def embed(self, texts: Sequence[str], part: str = "query", batch_size: int = 64) -> np.ndarray:
