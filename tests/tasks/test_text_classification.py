@@ -14,6 +14,7 @@ from luthier.tasks.text_classification import TextClassification
 from luthier.training import evaluation
 
 TOKENIZER = tiny_tokenizer()
+END = tiny_tokenizer("t5").eos_token
 
 
 def labelled(rows, *labels):
@@ -110,3 +111,17 @@ def test_baselines_are_the_majority_and_a_probe_that_learns(rows):
     share = max(found.column("label").count(name) for name in task.labels) / len(found)
     assert baselines["majority class"]["accuracy"].value == pytest.approx(share)
     assert baselines["frozen embeddings"]["accuracy"].value == 1.0
+
+
+@pytest.mark.parametrize("texts", [[("the boat", None), ("the boat", "a tree")], [("the boat", None), (f"the {END} boat {END} runs", None), ("a tree", None)]], ids=["pair", "end of text in a text"])
+def test_rows_with_unequal_ends_of_text_go_together(texts, rows, built):
+    """T5's head takes only rows with equally many of them at once."""
+    tokenizer = tiny_tokenizer("t5")
+    found = rows({"text": text, **({"text_pair": pair} if pair else {}), "label": "ab"[i % 2]} for i, (text, pair) in enumerate(texts))
+    task = TextClassification.learn(found, found, found)
+    model = built(task, "t5")
+    features = [task.encode(row, tokenizer, 48) for row in found]
+    assert len({f.inputs["input_ids"].count(model.config.eos_token_id) for f in features}) > 1
+    together = evaluation.outputs(model, task, features, tokenizer)
+    alone = [evaluation.outputs(model, task, [f], tokenizer)[0] for f in features]
+    assert np.allclose(together, alone, atol=1e-5)

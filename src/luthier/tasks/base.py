@@ -241,10 +241,16 @@ def name_pad_token(config: Any) -> None:
 def row_logits(model: nn.Module, batch: Batch) -> Tensor:
     """(B, classes). Padding takes the id by which the model itself knows it, should the tokenizer have filled up with another."""
     inputs = batch.inputs
-    fill = getattr(getattr(model, "module", model).config, "pad_token_id", None)  # `module`: inside a wrapper for several processes
-    if fill is not None:
-        inputs = {**inputs, "input_ids": inputs["input_ids"].masked_fill(batch.mask == 0, fill)}
-    return model(**inputs).logits
+    config: Any = getattr(model, "module", model).config  # `module`: inside a wrapper for several processes
+    if getattr(config, "pad_token_id", None) is not None:
+        inputs = {**inputs, "input_ids": inputs["input_ids"].masked_fill(batch.mask == 0, config.pad_token_id)}
+    if not getattr(config, "is_encoder_decoder", False):
+        return model(**inputs).logits
+    # stock heads of encoder-decoders read a row at its last end of text, and refuse rows together that have unequal numbers of them
+    ends = (inputs["input_ids"] == config.eos_token_id).sum(1)
+    groups = [(ends == count).nonzero().flatten() for count in ends.unique()]
+    found = torch.cat([model(**{name: values[rows] for name, values in inputs.items()}).logits for rows in groups])
+    return found[torch.cat(groups).argsort()]
 
 
 def hidden_states(trunk: nn.Module, batch: Batch) -> Tensor:
