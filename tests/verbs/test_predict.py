@@ -219,3 +219,45 @@ def test_an_existing_file_is_kept_unless_told(made, call, tmp_path: Path) -> Non
     assert ended.status == 2 and "--overwrite" in ended.err and out.read_text(encoding="utf-8") == "mine"
     assert call("predict", made("merged"), "--data", data, "--out", out, "--overwrite").status == 0 and len(values(out)) == len(ROWS)
     assert call("predict", made("merged"), "--data", data, "--out", tmp_path / "out.xls").status == 2
+
+
+def test_parquet_columns_that_pass_through_keep_their_types(made, tmp_path: Path) -> None:
+    """Also where the file was half written before."""
+    import datetime
+    import decimal
+
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    count = 40
+    moment = datetime.datetime(2024, 2, 29, 12, 30, 1, 5)
+    table = arrow.table({
+        "text": [row["text"] for row in tiny_rows("text-classification", count)],
+        "when": arrow.array([moment] * count, arrow.timestamp("us")),
+        "there": arrow.array([moment.replace(tzinfo=datetime.UTC)] * count, arrow.timestamp("ms", "UTC")),
+        "day": arrow.array([moment.date(), None] * (count // 2)),
+        "price": arrow.array([decimal.Decimal("3.10")] * count, arrow.decimal128(6, 2)),
+        "raw": arrow.array([b"\x00ab\xff"] * count),
+        "small": arrow.array([3] * count, arrow.int8()),
+        "parts": arrow.array([[1.5, None]] * count, arrow.list_(arrow.float32())),
+    })
+    parquet.write_table(table, tmp_path / "in.parquet")
+    luthier.predict(made("merged"), tmp_path / "in.parquet", out=tmp_path / "half.parquet", console=Console(quiet=True))
+    whole = parquet.read_table(tmp_path / "half.parquet")
+    assert whole.select(table.column_names).equals(table) and {"predicted", "score"} <= set(whole.column_names)
+    run = luthier.load(made("merged"))
+    answer, seen = run.answers, []
+
+    def broken(typed, *given):
+        seen.append(1)
+        if len(seen) == 2:
+            raise UserError("the power failed")
+        return answer(typed, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "answers", broken)
+        patch.setattr("luthier.verbs.predict.CHUNK", 16)
+        with pytest.raises(UserError, match="first 16 rows are kept"):
+            luthier.predict(run, tmp_path / "in.parquet", out=tmp_path / "again.parquet", console=Console(quiet=True))
+    luthier.predict(made("merged"), tmp_path / "in.parquet", out=tmp_path / "again.parquet", console=Console(quiet=True))
+    assert parquet.read_table(tmp_path / "again.parquet").select(table.column_names).equals(table)

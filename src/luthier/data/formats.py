@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
+import contextlib
 import csv
 import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +191,12 @@ WRITERS = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 class Writer:
     """Rows to `path`, by way of `path.partial`; what an interrupted run has written is continued.
 
+    like  a parquet file whose columns keep their types where they are passed on to another
     done  rows that are already there when it opens
     """
 
-    def __init__(self, path: Path):
-        self.path, self.kind = path, suffix(path)
+    def __init__(self, path: Path, like: Path | None = None):
+        self.path, self.kind, self.like = path, suffix(path), like
         if self.kind not in WRITERS:
             raise UserError(f"{path}: luthier writes {', '.join(WRITERS)}.")
         self.partial = path.with_name(path.name + ".partial")  # always JSON lines, turned into the format at the end
@@ -215,7 +218,7 @@ class Writer:
         return self
 
     def write(self, values: dict[str, Any]) -> None:
-        self._stream.write((json.dumps(values, ensure_ascii=False, default=_plain) + "\n").encode())
+        self._stream.write((json.dumps(values, ensure_ascii=False, default=plain) + "\n").encode())
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._stream.close()
@@ -256,29 +259,34 @@ class Writer:
         import pyarrow.parquet as parquet
 
         schema = arrow.schema([])
-        for table in self._tables():
+        known = {field.name: field.type for field in parquet.read_schema(self.like)} if self.like and suffix(self.like) == ".parquet" else {}
+        for table in self._tables(known):
             schema = _united(schema, table.schema)
         with parquet.ParquetWriter(target, schema) as file:
-            for table in self._tables(schema):
+            for table in self._tables({field.name: field.type for field in schema}, schema.names):
                 file.write_table(table)
 
-    def _tables(self, schema: Any = None) -> Iterator[Any]:
-        """The rows as arrow tables of a thousand, with the columns of `schema` or their own."""
+    def _tables(self, kinds: Mapping[str, Any], columns: Sequence[str] = ()) -> Iterator[Any]:
+        """The rows as arrow tables of a thousand, with `columns` or their own, of these kinds where they can be."""
         import pyarrow as arrow
 
         rows = self._rows()
         while chunk := list(itertools.islice(rows, 1000)):
-            names = schema.names if schema else dict.fromkeys(name for row in chunk for name in row)
-            yield arrow.table({name: _array([row.get(name) for row in chunk], schema and schema.field(name).type) for name in names})
+            names = columns or dict.fromkeys(name for row in chunk for name in row)
+            yield arrow.table({name: _array([row.get(name) for row in chunk], kinds.get(name)) for name in names})
 
 
 def _array(values: Sequence[Any], kind: Any) -> Any:
     """A column as arrow has it; values of no common type are strings, and what is no string is written as JSON."""
     import pyarrow as arrow
 
-    try:
+    with contextlib.suppress(arrow.ArrowException, TypeError, ValueError):
+        if kind is not None and (arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)):
+            return arrow.array([value if value is None else base64.b64decode(value) for value in values], kind)
         return arrow.array(values, kind)
-    except arrow.ArrowException:
+    try:
+        return arrow.array(values, arrow.string()).cast(kind)  # times and decimal numbers, which JSON has as text
+    except (arrow.ArrowException, TypeError):
         return arrow.array([value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values], arrow.string())
 
 
@@ -296,5 +304,8 @@ def _united(first: Any, second: Any) -> Any:
     return arrow.schema(list(fields.values()))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON lacks, as JSON."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -46,8 +46,8 @@ def stream(source: str | Path, encoding: str | None = None, where: Mapping[str, 
         raise UserError(f"--where {_written(where)} keeps no row of {source}.")
 
 
-def writer(path: str | Path) -> Writer:
-    return Writer(Path(path))
+def writer(path: str | Path, like: str | Path | None = None) -> Writer:
+    return Writer(Path(path), Path(like) if like else None)
 
 
 def _read(source: Any, encoding: str | None) -> dict[str, Rows]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from luthier import machine
+from luthier.data.formats import plain
 from luthier.data.rows import Row, Rows
 from luthier.data.sources import stream, writer
 from luthier.errors import UserError
@@ -47,7 +48,7 @@ def predict(
     roles = run.columns(columns)
     file = None
     if out is not None:
-        file = writer(out)
+        file = writer(out, None if str(data) == "-" else data)
         if file.path.exists() and not overwrite:
             raise UserError(f"{out} exists. Give --overwrite, or another --out.")
     piped = str(data) == "-"
@@ -68,7 +69,7 @@ def predict(
         count = 0
         for values in answered(rows):
             count += 1
-            print(json.dumps(values, ensure_ascii=False, default=_plain), flush=True)
+            print(json.dumps(values, ensure_ascii=False, default=plain), flush=True)
         _tell_truncated(run, before, console)
         return count
 
@@ -171,8 +172,4 @@ def _lines(source: TextIO, encoding: str | None) -> Iterator[str]:
 
 
 def _written(values: Mapping[str, Any]) -> str:
-    return json.dumps(dict(values), default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    return json.dumps(dict(values), default=plain)
