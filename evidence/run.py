@@ -36,7 +36,7 @@ PASSES = ("2", "4", "8")
 SETS = {
     "glue_sst2": ("minilm", ["--epochs", "1"]),
     "glue_stsb": ("minilm", ["--train-rows", "1000"]),
-    "masakhaner2": ("e5", ["--train-rows", "1000", "--where", "lang=swa"]),
+    "masakhaner2": ("e5", ["--train-rows", "1000", "--where", "lang=swa", "--epochs", "5"]),
     "german_arguments": ("e5", []),
     "turkish_sentiment": ("e5", []),
 }

@@ -28,6 +28,7 @@ def render(run: dict[str, Any]) -> str:
         "",
         *_table(run),
         "",
+        *([f"**{' and '.join(behind)} did better** on these rows.", ""] if (behind := run["baselines_ahead"]) else []),
         "Brackets: bootstrap 95 % intervals over rows. Measured on this folder, after saving and reloading. The best checkpoint was chosen on the validation rows.",
         "",
         "## Data",

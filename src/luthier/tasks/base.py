@@ -50,6 +50,13 @@ def defined(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
     return {name: metric for name, metric in metrics.items() if np.isfinite(metric.value)}
 
 
+def ahead(metric: str, metrics: Mapping[str, Metric], baselines: Mapping[str, Mapping[str, Metric]]) -> list[str]:
+    """The baselines that do better than the run in `metric`."""
+    sign = -1 if metric in SMALLER_IS_BETTER else 1
+    rivals = {name: found[metric].value for name, found in baselines.items() if metric in found and metric in metrics}
+    return [name for name, value in rivals.items() if sign * value > sign * metrics[metric].value]
+
+
 @dataclass(frozen=True)
 class Features:
     """One row as the model reads it. `inputs` are unpadded lists of equal length; `parts` are further texts of the same row."""
@@ -88,6 +95,7 @@ class Task(ABC):
     options: ClassVar[Mapping[str, Any]] = {}  # settings that only this task reads (`--set name=value`), with their defaults
     reads: ClassVar[tuple[str, ...]]  # roles that prediction needs; the others only supervise
     loss_per: ClassVar[str] = "row"
+    steps: ClassVar[int] = 150  # what a few hundred rows need to be learnt from
 
     @classmethod
     @abstractmethod

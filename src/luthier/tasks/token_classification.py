@@ -40,6 +40,7 @@ class TokenClassification(Task):
     auto_class = "AutoModelForTokenClassification"
     reads = ("words",)
     loss_per = "token"
+    steps = 450  # entities are rare among words, and found late
 
     @classmethod
     def claims(cls, columns, given, config):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from luthier.tasks.base import Metric, Task
+from luthier.tasks.base import Metric, Task, ahead
 
 PLAIN_EVERY = 10.0  # seconds between two plain lines of one piece of work
 WIDE = 160  # columns of a table that goes to a file
@@ -74,6 +74,8 @@ class Console:
         for name in names:
             table.add_row(name, *(str(found[name]) if name in found else "-" for found in sides.values()))
         self.rich.print(table, soft_wrap=True)
+        if better := ahead(task.measured_by, metrics, baselines):
+            self.say(f"note: {' and '.join(better)} did better in {task.measured_by} on these rows. More passes (--epochs), another method or more rows may help.")
         self.say(f"run folder {path}   picture {path / 'picture.png'}")
         self.say("next:")
         for command in task.next_commands(str(path)):

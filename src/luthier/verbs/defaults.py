@@ -9,10 +9,10 @@ from typing import Any
 from luthier.errors import UserError
 from luthier.methods.kinds import Bridge, Insert, Selection, WeightChange
 from luthier.methods.stack import Stack
+from luthier.tasks.base import Task
 
 REFERENCE_PARAMETERS = 22e6  # the cards' learning rates were measured at this size
-STEPS = 150  # what a few hundred rows need to be learnt from
-FEWEST, MOST = 1, 8
+FEWEST, MOST = 1, 8  # passes, of a task that takes the usual number of steps
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ def learning_rate(stack: Stack, parameters: int) -> Chosen:
     return Chosen(float(f"{rates[name] * scale:.2g}"), f"default of {name} for {parameters / 1e6:.3g} M parameters")
 
 
-def epochs(rows: int, batch_size: int) -> Chosen:
-    """As many passes as make about `STEPS` steps, within 1 and 8."""
-    passes = min(max(round(STEPS * batch_size / rows), FEWEST), MOST)
-    return Chosen(float(passes), f"default for {rows:,} rows: about {STEPS} steps, at least {FEWEST} and at most {MOST} passes")
+def epochs(rows: int, batch_size: int, steps: int) -> Chosen:
+    """As many passes as make about `steps` of the task, at least 1; at most 8, or more where the task takes more steps than usual."""
+    most = MOST * steps // Task.steps
+    passes = min(max(round(steps * batch_size / rows), FEWEST), most)
+    return Chosen(float(passes), f"default for {rows:,} rows: about {steps} steps, at least {FEWEST} and at most {most} passes")
 
 
 def warmup() -> Chosen:

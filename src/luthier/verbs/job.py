@@ -123,7 +123,7 @@ def prepare(recipe: Recipe, data: Any = None, device: str = "cpu") -> Job:
     the_plan = plan(model, stack, new_heads, TASK_TYPES.get(task_type.auto_class))
     chosen = {
         "lr": Chosen(recipe.lr, "given") if recipe.lr is not None else defaults.learning_rate(stack, anatomy.parameters),
-        "epochs": Chosen(recipe.epochs, "given") if recipe.epochs is not None else defaults.epochs(len(splits.train), recipe.batch_size),
+        "epochs": Chosen(recipe.epochs, "given") if recipe.epochs is not None else defaults.epochs(len(splits.train), recipe.batch_size, task.steps),
         "warmup": Chosen(recipe.warmup, "given") if recipe.warmup is not None else defaults.warmup(),
     }
     precision, why = machine.choose_precision(recipe.precision, device)

@@ -14,7 +14,7 @@ from luthier import machine
 from luthier.methods import loading
 from luthier.methods.engine import Fitted
 from luthier.methods.saving import Saved
-from luthier.tasks.base import Metric, defined
+from luthier.tasks.base import Metric, ahead, defined
 from luthier.training.trainer import TrainingResult
 from luthier.verbs.job import Job
 from luthier.verbs.preflight import Report
@@ -55,6 +55,7 @@ def build(
         },
         "metrics": plain(metrics),
         "baselines": {name: plain(found) for name, found in baselines.items()},
+        "baselines_ahead": ahead(job.task.measured_by, metrics, baselines),
         "training": {
             "steps": result.steps,
             "epochs": result.epochs,
