@@ -387,6 +387,7 @@ def test_evaluation_keeps_little_of_each_batch(tag: str, tmp_path: Path) -> None
 
 def test_predicting_reads_no_further_than_it_answers(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row is read and tokenised when its turn comes; at no time are more than a chunk under way."""
+    run = finished("lora", "auto")
     monkeypatch.setattr(predict, "CHUNK", 4)
     read, ahead = [0], []
 
@@ -405,7 +406,7 @@ def test_predicting_reads_no_further_than_it_answers(finished: Any, tmp_path: Pa
 
     monkeypatch.setattr(predict, "stream", counted)
     monkeypatch.setattr(TextClassification, "encode", watched)
-    assert luthier.predict(finished("lora", "auto"), write_jsonl(tmp_path / "rows.jsonl", ROWS), out=tmp_path / "out.jsonl", console=Heard()) == done[0] == read[0] == len(ROWS)
+    assert luthier.predict(run, write_jsonl(tmp_path / "rows.jsonl", ROWS), out=tmp_path / "out.jsonl", console=Heard()) == done[0] == read[0] == len(ROWS)
     assert max(ahead) <= 4
 
 

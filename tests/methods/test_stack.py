@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from luthier import UserError
@@ -25,6 +25,8 @@ def test_defaults_are_left_out_and_aliases_become_our_names() -> None:
     assert parse("lora(target_modules=[q_proj, v_proj])").methods[0].sites == "q_proj+v_proj"  # type: ignore[attr-defined]
 
 
+@example("INF")
+@example({"nan": "true", "a:b": "c: d"})
 @given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=20), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=8), st.one_of(st.integers(), st.text(max_size=8)), max_size=3)))
 def test_a_spelled_value_reads_back(value: object) -> None:
     assert read(spell(value)) == value

@@ -20,7 +20,7 @@ def spell(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return value if _BARE.fullmatch(value) and value.lower() not in _WORDS else _quoted(value)
+        return value if _BARE.fullmatch(value) and isinstance(read(value), str) else _quoted(value)  # true and inf are words too
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(spell(v) for v in value) + "]"
     if isinstance(value, Mapping):
