@@ -26,6 +26,7 @@ def test_defaults_are_left_out_and_aliases_become_our_names() -> None:
 
 
 @example("INF")
+@example({"A[": 0})
 @example({"nan": "true", "a:b": "c: d"})
 @given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=20), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=8), st.one_of(st.integers(), st.text(max_size=8)), max_size=3)))
 def test_a_spelled_value_reads_back(value: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier.errors import UserError, did_you_mean
 
-_BARE = re.compile(r"[A-Za-z_][\w.*+\[\]:/-]*")
+_BARE = re.compile(r"[A-Za-z_](?:[\w.*+:/-]|\[[\w.*+:/-]*\])*")
 _WORDS = {"true": True, "false": False, "none": None}
 
 
