@@ -35,6 +35,19 @@ def test_the_name_appears_when_all_is_there(tmp_path: Path) -> None:
     assert [p.name for p in folder.path.parent.iterdir()] == ["run"] and not list(folder.path.iterdir())
 
 
+def test_a_run_that_is_stopped_while_it_is_published_can_be_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between taking away the old one's name and giving it to the new one, the checkpoints are still there."""
+    complete(RunFolder(tmp_path / "run"), "old")
+    folder = RunFolder(tmp_path / "run")
+    folder.start(overwrite=True)
+    (folder.partial / "checkpoints").mkdir()
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(OSError("killed")) if path == folder.partial else rename(path, target))
+    with pytest.raises(OSError, match="killed"):
+        folder.finish()
+    assert (folder.partial / "checkpoints").is_dir()
+
+
 def test_the_old_run_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     complete(RunFolder(tmp_path / "run"), "old")
     folder = RunFolder(tmp_path / "run")

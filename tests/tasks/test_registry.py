@@ -6,8 +6,7 @@ from types import ModuleType
 
 import pytest
 
-import luthier.tasks as registry
-from luthier import UserError
+from luthier import UserError, offers
 from luthier.contract.texts import tiny_rows
 from luthier.contract.tiny import tiny_config
 from luthier.data.columns import assign
@@ -45,7 +44,7 @@ class Offer:
 @pytest.fixture
 def offering(monkeypatch):
     def offer(found):
-        monkeypatch.setattr(registry, "entry_points", lambda group: [Offer(found)])
+        monkeypatch.setattr(offers, "entry_points", lambda group: [Offer(found)])
         tasks.cache_clear()
 
     yield offer

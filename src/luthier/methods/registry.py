@@ -6,10 +6,9 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from importlib.metadata import entry_points
-from types import ModuleType
 
 import luthier.methods as package
+from luthier import offers
 from luthier.errors import UserError, did_you_mean
 from luthier.methods.kinds import Method
 
@@ -19,20 +18,7 @@ GROUP = "luthier.methods"
 @functools.cache
 def methods() -> dict[str, type[Method]]:
     """Registry name -> class, sorted by name."""
-    found: dict[str, type[Method]] = {}
-    for module in _own_modules():
-        _collect(module, found)
-    for entry in entry_points(group=GROUP):
-        try:
-            loaded = entry.load()
-        except Exception as error:
-            owner = entry.dist.name if entry.dist else entry.value
-            raise UserError(f"The package {owner!r} offers the method {entry.name!r} to luthier, but loading {entry.value} failed: {error!r}. Repair it or: pip uninstall {owner}") from error
-        if isinstance(loaded, ModuleType):
-            _collect(loaded, found)
-        else:
-            _add(loaded, found)
-    return dict(sorted(found.items()))
+    return offers.collect("method", _own_modules(), GROUP, lambda cls: cls.card.name, lambda value: inspect.isclass(value) and issubclass(value, Method) and "card" in vars(value))
 
 
 def find(name: str) -> type[Method]:
@@ -52,16 +38,3 @@ def _own_modules():
         if folder.ispkg:
             for module in pkgutil.iter_modules(importlib.import_module(folder.name).__path__, folder.name + "."):
                 yield importlib.import_module(module.name)
-
-
-def _collect(module: ModuleType, found: dict[str, type[Method]]) -> None:
-    for value in vars(module).values():
-        if inspect.isclass(value) and issubclass(value, Method) and "card" in vars(value) and value.__module__ == module.__name__:
-            _add(value, found)
-
-
-def _add(cls: type[Method], found: dict[str, type[Method]]) -> None:
-    name = cls.card.name
-    if name in found and found[name] is not cls:
-        raise UserError(f"Two methods are called {name!r}: {found[name].__module__} and {cls.__module__}. Uninstall one of the packages.")
-    found[name] = cls

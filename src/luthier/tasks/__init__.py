@@ -7,10 +7,9 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Mapping
-from importlib.metadata import entry_points
-from types import ModuleType
 from typing import Any
 
+from luthier import offers
 from luthier.data.columns import kinds_of
 from luthier.data.rows import Rows
 from luthier.errors import UserError, did_you_mean
@@ -23,32 +22,8 @@ ALIASES = {"classification": "text-classification", "ner": "token-classification
 @functools.cache
 def tasks() -> dict[str, type[Task]]:
     """Tag -> class, sorted."""
-    found: dict[str, type[Task]] = {}
-    for module in pkgutil.iter_modules(__path__, __name__ + "."):
-        _collect(importlib.import_module(module.name), found)
-    for entry in entry_points(group=GROUP):
-        try:
-            loaded = entry.load()
-        except Exception as error:
-            owner = entry.dist.name if entry.dist else entry.value
-            raise UserError(f"The package {owner!r} offers the task {entry.name!r} to luthier, but loading {entry.value} failed: {error!r}. Repair it or: pip uninstall {owner}") from error
-        if isinstance(loaded, ModuleType):
-            _collect(loaded, found)
-        else:
-            _add(loaded, found)
-    return dict(sorted(found.items()))
-
-
-def _collect(module: ModuleType, found: dict[str, type[Task]]) -> None:
-    for value in vars(module).values():
-        if inspect.isclass(value) and issubclass(value, Task) and not inspect.isabstract(value) and value.__module__ == module.__name__:
-            _add(value, found)
-
-
-def _add(task: type[Task], found: dict[str, type[Task]]) -> None:
-    if task.tag in found and found[task.tag] is not task:
-        raise UserError(f"Two tasks are called {task.tag!r}: {found[task.tag].__module__} and {task.__module__}. Uninstall one of the packages.")
-    found[task.tag] = task
+    own = (importlib.import_module(module.name) for module in pkgutil.iter_modules(__path__, __name__ + "."))
+    return offers.collect("task", own, GROUP, lambda task: task.tag, lambda value: inspect.isclass(value) and issubclass(value, Task) and not inspect.isabstract(value))
 
 
 def find(name: str) -> type[Task]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from luthier.errors import UserError
+
 WINDOW = 32  # batches among which rows are sorted by length
 
 
@@ -18,7 +20,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     """Row numbers of each batch of an epoch: every row once, exactly `batch_size` rows a batch but the last of the row order.
 
     Rows are shuffled, sorted by length inside windows of `WINDOW` batches, cut into batches, and the batches are shuffled.
-    A last batch of fewer than `smallest` rows joins the one before it: rows that learn from each other need company.
+    A last batch of fewer than `smallest` rows joins the one before it.
     """
     rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=rng).tolist()
@@ -30,6 +32,25 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
         alone = batches.pop()
         batches[-1] += alone
     return [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
+
+
+def fewest_rows(loss_per: str) -> int:
+    """Of a batch: rows that learn from each other need company."""
+    return 2 if loss_per == "batch" else 1
+
+
+def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None, loss_per: str) -> int:
+    return max_steps or max(1, round(epochs * steps_per_epoch(rows, batch_size, fewest_rows(loss_per))))
+
+
+def check_batches(tag: str, loss_per: str, batch_size: int, micro_batch_size: int | None) -> None:
+    """Raises UserError where batches of this size leave a task without the company that its rows need."""
+    if loss_per != "batch":
+        return
+    if batch_size < fewest_rows(loss_per):
+        raise UserError(f"{tag} compares the rows of a batch with each other: give --batch-size 2 or more.")
+    if micro_batch_size and micro_batch_size < batch_size:
+        raise UserError(f"{tag} compares the rows of a batch with each other, so a batch cannot be split: leave --micro-batch-size out, or give --batch-size {micro_batch_size}.")
 
 
 def smaller_batch(loss_per: str, size: int) -> str:

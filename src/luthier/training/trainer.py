@@ -26,7 +26,7 @@ from luthier.data.rows import Rows
 from luthier.errors import UserError
 from luthier.tasks.base import SMALLER_IS_BETTER, Features, Task, Term
 from luthier.training import checkpoints, evaluation, schedule
-from luthier.training.batching import epoch_batches, micro_batches, smaller_batch, steps_per_epoch
+from luthier.training.batching import check_batches, epoch_batches, fewest_rows, micro_batches, smaller_batch, steps_per_epoch, total_steps
 from luthier.training.frozen import FrozenTrunk
 
 PATIENT = 9  # the step at which tensors without any gradient are no longer waited for
@@ -115,24 +115,23 @@ class Trainer:
         self.model, self.task, self.train, self.validation, self.tokenizer = model, task, train, validation, tokenizer
         self.settings, self.folder, self.rows, self.console = settings, Path(folder), rows, console
         self.eval_modules, self.identity, self.rehearse_longest = list(eval_modules), dict(identity or {}), rehearse_longest
-        # accelerate keeps one precision a process; ours is chosen for each run, so its autocast is ours too
         self.trunk = FrozenTrunk(model, frozen) if frozen else None
+        # accelerate keeps one precision a process; ours is chosen for each run, so its autocast is ours too
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device if self.world > 1 and device != "cpu" else torch.device(device)
         self.micro = settings.micro_batch_size or settings.batch_size
         if task.loss_per == "batch" and self.world > 1:
             raise UserError(f"{task.tag} compares the rows of a batch with each other, which cannot be spread over {self.world} processes yet. Run it in one.")
-        if task.loss_per == "batch" and self.micro < settings.batch_size:
-            raise UserError(f"{task.tag} compares the rows of a batch with each other, so a batch cannot be split: leave --micro-batch-size out, or give --batch-size {self.micro}.")
+        check_batches(task.tag, task.loss_per, settings.batch_size, settings.micro_batch_size)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("Nothing in the model is open for training.")
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.lengths = [f.length for f in train]
-        self.smallest = 2 if task.loss_per == "batch" else 1
+        self.smallest = fewest_rows(task.loss_per)
         self.per_epoch = steps_per_epoch(len(train), settings.batch_size, self.smallest)
-        self.total = settings.max_steps or max(1, round(settings.epochs * self.per_epoch))
+        self.total = total_steps(len(train), settings.batch_size, settings.epochs, settings.max_steps, task.loss_per)
         self.state: dict[str, Any] = {"step": 0, "moves": 0, "best": None, "best_step": None, "waited": 0, "reason": "finished", "seconds": 0.0, "examples": 0, "tokens": 0, "history": []}
         self.reached: set[str] = set()
         self.interrupted = False
@@ -241,15 +240,22 @@ class Trainer:
 
     def _frozen_states(self) -> contextlib.AbstractContextManager:
         """What the frozen blocks make of every row that is met more than once, computed in batches of its own so that a resumed run reads the same numbers."""
-        if not self.trunk or self.world > 1 or self.total <= self.per_epoch or not self.trunk.agrees(self._batch(range(min(2, len(self.train))))):
+        if not self.trunk or self.world > 1 or self.total <= self.per_epoch:
             return contextlib.nullcontext()
+        if not self.trunk.agrees(self._batch(range(min(2, len(self.train))))):
+            return self._computed_anew("this model answers otherwise with kept states")
         features = [*self.train, *(self.validation[0] if self.validation and sum(map(self._evaluates, range(1, self.total + 1))) > 1 else ())]
         tokens = sum(text.length for row in features for text in (row.parts.values() or [row]))
         batches = (self.task.collate([features[i] for i in rows], rows, self.tokenizer).to(self.device) for rows in evaluation.by_length([f.length for f in features], 64))
         showing = self.console.progress("frozen blocks", len(features)) if self.console and self.main else contextlib.nullcontext(lambda count: None)
         with showing as advance, evaluation.autocast(self.device, self.settings.precision):
             kept = self.trunk.keep(tokens, batches, self.folder, advance)
-        return self.trunk if kept else contextlib.nullcontext()
+        return self.trunk if kept else self._computed_anew("neither memory nor the disk has room for their states")
+
+    def _computed_anew(self, reason: str) -> contextlib.AbstractContextManager:
+        if self.console:
+            self.console.say(f"the frozen blocks run in every pass: {reason}")
+        return contextlib.nullcontext()
 
     def _check(self, term: Term, rows: Sequence[int]) -> None:
         if not torch.isfinite(term.sum.detach()):

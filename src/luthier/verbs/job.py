@@ -26,6 +26,7 @@ from luthier.pretrained import Pretrained
 from luthier.recipe import Recipe
 from luthier.tasks import find, infer
 from luthier.tasks.base import Features, Task
+from luthier.training.batching import check_batches
 from luthier.verbs import defaults
 from luthier.verbs.defaults import Chosen
 
@@ -108,7 +109,7 @@ def prepare(recipe: Recipe, data: Any = None, device: str = "cpu") -> Job:
     task = task_type.learn(splits.train, splits.validation, splits.test, **{**task_type.model_options(start.path), **loading.earlier_facts(start.path, task_type.options), **recipe.options}).follow(config)
     if recipe.metric and recipe.metric not in task.metrics:
         raise UserError(f"--metric {recipe.metric}: {task.tag} measures {', '.join(task.metrics)} on these rows.{did_you_mean(recipe.metric, task.metrics)}")
-    _check_batches(task, recipe)
+    check_batches(task.tag, task.loss_per, recipe.batch_size, recipe.micro_batch_size)
     tokenizer = start.tokenizer()
     if recipe.max_length and recipe.max_length > limit(config):
         raise UserError(f"--max-length {recipe.max_length}: the model takes {limit(config)} tokens. Give {limit(config)} or less.")
@@ -171,15 +172,6 @@ def _truncation(features: Mapping[str, Sequence[Features]], max_length: int, rec
             longest = min(most, max(f.length + f.truncated for f in part))
             raise UserError(f"{share:.0%} of the {name} rows are longer than {max_length} tokens and would be cut. Give --max-length {longest} to keep {'them' if longest < most else 'what the model takes'}, or --max-length {max_length} to cut them.")
     return notes
-
-
-def _check_batches(task: Task, recipe: Recipe) -> None:
-    if task.loss_per != "batch":
-        return
-    if recipe.batch_size < 2:
-        raise UserError(f"{task.tag} compares the rows of a batch with each other: give --batch-size 2 or more.")
-    if recipe.micro_batch_size and recipe.micro_batch_size < recipe.batch_size:
-        raise UserError(f"{task.tag} compares the rows of a batch with each other, so a batch cannot be split: leave --micro-batch-size out, or give --batch-size {recipe.micro_batch_size}.")
 
 
 def _without_empty(splits: Splits, features: list[Features], max_length: int) -> tuple[Splits, list[Features], list[str]]:

@@ -12,7 +12,7 @@ from luthier import machine
 from luthier.anatomy import Workload
 from luthier.errors import UserError
 from luthier.tasks.base import Features
-from luthier.training.batching import smaller_batch, steps_per_epoch
+from luthier.training.batching import smaller_batch, total_steps
 from luthier.training.frozen import MEMORY
 from luthier.verbs.job import Job
 
@@ -35,7 +35,7 @@ def examine(job: Job, out: Path, device: str) -> Report:
     """Raises UserError where the run cannot fit into memory or onto the disk."""
     recipe = job.recipe
     train = job.features["train"]
-    steps = recipe.max_steps or max(1, round(job.chosen["epochs"].value * steps_per_epoch(len(train), recipe.batch_size)))
+    steps = total_steps(len(train), recipe.batch_size, job.chosen["epochs"].value, recipe.max_steps, job.task.loss_per)
     micro = min(recipe.micro_batch_size or recipe.batch_size, len(train))
     longest = max(f.length for part in job.features.values() for f in part)
     free = _gpu_free(device) if device.startswith("cuda") else machine.memory().available
@@ -55,6 +55,7 @@ def examine(job: Job, out: Path, device: str) -> Report:
         *(f"  {note}" for note in job.notes),
         *_examples(job),
         *job.plan.lines(),
+        *([f"  the first {once} of {len(job.anatomy.blocks)} blocks are frozen: run once for all passes"] if (once := _once(job, steps)) else []),
         *(f"  {name} {chosen.value:g} ({chosen.origin})" for name, chosen in job.chosen.items()),
         f"estimate {steps} steps, about {_duration(seconds)}, {_bytes(memory + held)} of memory ({_bytes(held)} held, {_bytes(free)} free), {_bytes(disk)} of disk",
     ]
@@ -73,9 +74,15 @@ def _memory(job: Job, micro: int) -> int:
     return model + sum(needed(Workload(batch=micro, length=max(found))) - model for found in lengths.values())
 
 
+def _once(job: Job, steps: int) -> int:
+    """Leading blocks that run once for all passes."""
+    one_pass = total_steps(len(job.features["train"]), job.recipe.batch_size, 1, None, job.task.loss_per)
+    return job.plan.frozen if job.recipe.reuse and steps > one_pass else 0
+
+
 def _kept(job: Job, steps: int, free: int) -> int:
     """Bytes of what the frozen blocks made of every token, kept in memory for the passes to come; beyond a share of the free memory it lies on the disk."""
-    if not job.recipe.reuse or not job.plan.frozen or steps * job.recipe.batch_size <= len(job.features["train"]):
+    if not _once(job, steps):
         return 0
     tokens = sum(sum(found) for found in _lengths([*job.features["train"], *job.features["validation"]]).values())
     return min(4 * tokens * job.anatomy.width, int(MEMORY * free))
@@ -94,7 +101,7 @@ def _seconds(job: Job, steps: int, device: str) -> float:
     """Forward and backward products of the real tokens (forward ones of frozen blocks in the first pass alone), and the test rows once, at a share of this machine's ceiling."""
     train = job.features["train"]
     rows = steps * job.recipe.batch_size
-    once = job.plan.frozen / len(job.anatomy.blocks) if job.recipe.reuse else 0.0
+    once = _once(job, steps) / len(job.anatomy.blocks)
     passes = rows * (1 - once) + min(rows, len(train)) * once
     backward = (1 + job.plan.trainable / job.plan.total) * job.plan.reached / len(job.anatomy.blocks)
     forward = sum(2 * job.anatomy.macs(Workload(batch=1, length=max(1, round(sum(found) / len(train))))) for found in _lengths(train).values())
