@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from luthier import compute
 from luthier.data.batch import Batch
 from luthier.tasks.base import Features, Task, hidden_states, padded
 
@@ -32,7 +32,7 @@ def outputs(
     found: list[Any] = [None] * len(features)
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), autocast(device, precision):
+    with torch.inference_mode(), compute.running(model, device, precision):
         for rows in by_length([f.length for f in features], batch_size):
             batch = task.collate([features[i] for i in rows], rows, tokenizer).to(device)
             for row, value in zip(rows, task.outputs(model, batch), strict=True):
@@ -48,17 +48,13 @@ def mean_vectors(trunk: nn.Module, features: Sequence[Features], tokenizer: Any,
     found: list[Any] = [None] * len(features)
     was_training = trunk.training
     trunk.eval()
-    with torch.inference_mode(), autocast(device, precision):
+    with torch.inference_mode(), compute.running(trunk, device, precision):
         for rows in by_length([f.length for f in features], batch_size):
             batch = Batch(padded([features[i] for i in rows], tokenizer)).to(device)
             for row, vector in zip(rows, batch.mean(hidden_states(trunk, batch)).float().cpu().numpy(), strict=True):
                 found[row] = vector
     trunk.train(was_training)
     return np.stack(found)
-
-
-def autocast(device: str | torch.device, precision: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

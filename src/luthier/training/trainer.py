@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from luthier import compute
 from luthier.data.batch import Batch
 from luthier.data.rows import Rows
 from luthier.errors import UserError
@@ -150,9 +151,18 @@ class Trainer:
             self._restore(found)
         elif self.main:
             (self.folder / "metrics.jsonl").write_text("", encoding="utf-8")
+        with compute.prepared(self.model, self.device, settings.precision):
+            self._train(fresh=not found)
+        if self.main and self.validation and (self.folder / "checkpoints" / "best").exists():  # the first process alone saves, measures and cleans up
+            checkpoints.restore(self.model, checkpoints.read(self.folder / "checkpoints" / "best", self.device)[0])
+        self.model.eval()
+        return self._result()
+
+    def _train(self, fresh: bool) -> None:
+        settings = self.settings
         if self.trunk:
             self.eval_modules += self.trunk.below(self._batch(range(min(2, len(self.train)))))
-        if self.rehearse_longest and not found:
+        if self.rehearse_longest and fresh:
             self._rehearse()
         board = self._tensorboard()
         started = time.perf_counter()
@@ -183,10 +193,6 @@ class Trainer:
             self.trunk.clear()
         if board:
             board.close()
-        if self.main and self.validation and (self.folder / "checkpoints" / "best").exists():  # the first process alone saves, measures and cleans up
-            checkpoints.restore(self.model, checkpoints.read(self.folder / "checkpoints" / "best", self.device)[0])
-        self.model.eval()
-        return self._result()
 
     @property
     def main(self) -> bool:
@@ -204,7 +210,7 @@ class Trainer:
         for number, piece in enumerate(pieces):
             batch = self._batch(piece)
             last = number == len(pieces) - 1
-            with evaluation.autocast(self.device, self.settings.precision), self.accelerator.no_sync(self.called) if self.world > 1 and not last else contextlib.nullcontext():
+            with compute.autocast(self.device, self.settings.precision), self.accelerator.no_sync(self.called) if self.world > 1 and not last else contextlib.nullcontext():
                 term = self.task.loss(self.called, batch)
                 self._check(term, piece)
                 (term.sum * weight).backward()
@@ -248,7 +254,7 @@ class Trainer:
         tokens = sum(text.length for row in features for text in (row.parts.values() or [row]))
         batches = (self.task.collate([features[i] for i in rows], rows, self.tokenizer).to(self.device) for rows in evaluation.by_length([f.length for f in features], 64))
         showing = self.console.progress("frozen blocks", len(features)) if self.console and self.main else contextlib.nullcontext(lambda count: None)
-        with showing as advance, evaluation.autocast(self.device, self.settings.precision):
+        with showing as advance, compute.autocast(self.device, self.settings.precision):
             kept = self.trunk.keep(tokens, batches, self.folder, advance)
         return self.trunk if kept else self._computed_anew("neither memory nor the disk has room for their states")
 
@@ -360,7 +366,7 @@ class Trainer:
     def _rehearse(self) -> None:
         longest = sorted(range(len(self.train)), key=lambda i: -self.lengths[i])[: self.micro]
         try:
-            with evaluation.autocast(self.device, self.settings.precision):
+            with compute.autocast(self.device, self.settings.precision):
                 self._training_mode()
                 self.task.loss(self.model, self._batch(longest)).sum.backward()
         except (MemoryError, RuntimeError) as error:

@@ -1,0 +1,72 @@
+"""How a model is run, whatever runs it: the same answers, by the route that this machine is fast at.
+
+On the processor, a model's attention, dropout and frozen linear layers take other
+routes than stock torch's inside of `prepared`; outside of it the model is as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from luthier.compute import attention, linear
+from luthier.compute.dropout import dropout
+
+_inside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module, device: str | torch.device, precision: str) -> Iterator[None]:
+    """Inside, `model` takes the fast routes of `device` in `precision` (fp32 or bf16), which each forward pass says by `autocast`.
+
+    Weights that are frozen at the start must not change until the end. May be nested: the outermost counts.
+    """
+    with contextlib.ExitStack() as undo:
+        if torch.device(device).type == "cpu" and model not in _inside:
+            _enter(model, precision, undo)
+        yield
+
+
+def autocast(device: str | torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Around each forward pass by itself: torch keeps weights that learn in bf16 until its end."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, device: str | torch.device, precision: str) -> Iterator[None]:
+    """Both at once, for a model that does not learn meanwhile."""
+    with prepared(model, device, precision), autocast(device, precision):
+        yield
+
+
+def _enter(model: nn.Module, precision: str, undo: contextlib.ExitStack) -> None:
+    _inside.add(model)
+    undo.callback(_inside.discard, model)
+    for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
+        if config._attn_implementation == "sdpa":
+            config._attn_implementation = {"": attention.NAME}  # of itself alone, and not of the configs inside it
+            undo.callback(setattr, config, "_attn_implementation", {"": "sdpa"})
+    for module in model.modules():
+        if type(module) is nn.Dropout and not module.inplace:
+            _replace(module, "forward", functools.partial(_drop, module), undo)
+    if precision == "bf16":
+        cast = linear.Cast()
+        undo.callback(cast.forget)
+        for module in linear.frozen_linears(model):
+            _replace(module, linear.place(module), linear.in_bf16(module, cast), undo)
+
+
+def _drop(module: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+    return dropout(x, module.p) if module.training else x
+
+
+def _replace(module: nn.Module, name: str, value: object, undo: contextlib.ExitStack) -> None:
+    if name not in module.__dict__:  # someone else's replacement stays
+        module.__dict__[name] = value
+        undo.callback(module.__dict__.pop, name, None)
