@@ -265,7 +265,7 @@ def test_the_best_checkpoint_is_what_is_saved(method: str, base: Path, tmp_path:
         return found
 
     monkeypatch.setattr(Trainer, "_step", ruined)
-    run = adapt(base, tmp_path / "run", str(data), method=method, lr=1e-3, max_steps=30, evaluate_every=0.5, metric="mae", save="adapter")
+    run = adapt(base, tmp_path / "run", str(data), method=method, lr=1e-3, max_steps=30, evaluate_every=0.5, metric="mae", save="adapter", precision="fp32")
     log = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seen = [entry["validation_mae"] for entry in log if "validation_mae" in entry]
     best = run.record.content["training"]["best"]

@@ -98,7 +98,8 @@ class Run:
 
     @functools.cached_property
     def precision(self) -> str:
-        return machine.choose_precision("auto", self.device)[0]
+        """float32 where the run was asked for it, so that its metrics come out again; else what is safe and fastest here, wherever it was trained."""
+        return machine.choose_precision("fp32" if self.record.recipe.precision == "fp32" else "auto", self.device)[0]
 
     def predict(self, rows: Iterable[Any], top: int = 1, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for texts, or for dictionaries with this run's columns: labels and scores, tags, numbers, vectors, text."""
