@@ -1,7 +1,8 @@
 """How a model is run, whatever runs it: the same answers, by the route that this machine is fast at.
 
-On the processor, a model's attention, dropout and frozen linear layers take other
-routes than stock torch's inside of `prepared`; outside of it the model is as it was.
+On the processor, blocks that can be read off by their roles run on packed rows with a few fused steps, and of all others
+attention, dropout and frozen linear layers take other routes than stock torch's. This holds inside of `prepared`; outside of it
+the model is as it was.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -17,19 +18,22 @@ from transformers import PreTrainedModel
 
 from luthier.compute import attention, linear
 from luthier.compute.dropout import dropout
+from luthier.compute.fusing import Fusing
 
 _inside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, device: str | torch.device, precision: str) -> Iterator[None]:
+def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True) -> Iterator[None]:
     """Inside, `model` takes the fast routes of `device` in `precision` (fp32 or bf16), which each forward pass says by `autocast`.
 
-    Weights that are frozen at the start must not change until the end. May be nested: the outermost counts.
+    leave     blocks that somebody else runs
+    learning  whether what is open for training changes meanwhile; all else must stay as it is
+    May be nested: the outermost counts.
     """
     with contextlib.ExitStack() as undo:
         if torch.device(device).type == "cpu" and model not in _inside:
-            _enter(model, precision, undo)
+            _enter(model, precision, leave, learning, undo)
         yield
 
 
@@ -41,24 +45,33 @@ def autocast(device: str | torch.device, precision: str) -> contextlib.AbstractC
 @contextlib.contextmanager
 def running(model: nn.Module, device: str | torch.device, precision: str) -> Iterator[None]:
     """Both at once, for a model that does not learn meanwhile."""
-    with prepared(model, device, precision), autocast(device, precision):
+    with prepared(model, device, precision, learning=False), autocast(device, precision):
         yield
 
 
-def _enter(model: nn.Module, precision: str, undo: contextlib.ExitStack) -> None:
+def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, undo: contextlib.ExitStack) -> None:
     _inside.add(model)
     undo.callback(_inside.discard, model)
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         if config._attn_implementation == "sdpa":
-            config._attn_implementation = {"": attention.NAME}  # of itself alone, and not of the configs inside it
+            config._attn_implementation = {"": attention.NAME}  # type: ignore[assignment]  # of itself alone, and not of the configs inside it
             undo.callback(setattr, config, "_attn_implementation", {"": "sdpa"})
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    undo.enter_context(Fusing(model, dtype, leave, learning, then=functools.partial(_stock_modules, model, dtype, undo)))
+
+
+def _stock_modules(model: nn.Module, dtype: torch.dtype | None, undo: contextlib.ExitStack, fused: Collection[nn.Module]) -> None:
+    """Other routes for the modules outside of the `fused` blocks."""
+    inside = {id(m) for block in fused for m in block.modules()}
+    cast = linear.Cast()
+    undo.callback(cast.forget)
+    frozen = {id(m) for m in linear.frozen_linears(model)} if dtype else set()
     for module in model.modules():
+        if id(module) in inside:
+            continue
         if type(module) is nn.Dropout and not module.inplace:
             _replace(module, "forward", functools.partial(_drop, module), undo)
-    if precision == "bf16":
-        cast = linear.Cast()
-        undo.callback(cast.forget)
-        for module in linear.frozen_linears(model):
+        elif id(module) in frozen:
             _replace(module, linear.place(module), linear.in_bf16(module, cast), undo)
 
 

@@ -6,18 +6,54 @@ on rows of ordinary length both cost several times what the four products do.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import create_position_bias_mask, repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from luthier.compute.dropout import multipliers
+from luthier.compute.packing import Packing
 
 NAME = "luthier"
+HARMLESS = ("position_ids", "cache_position", "use_cache")  # arguments of a model that reach its attention and change nothing there
+SHORT = 64  # tokens; rows up to here are attended in float32 whatever the products' type: torch's softmax is slower in bf16
 LONGEST = 384  # keys; beyond it torch's own route, which never holds all weights at once, is faster in bf16
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model asked for attention: by which module, with what dropout in training.
+
+    plain  whether it was nothing but softmax(scale * q @ k^T) @ v, causal or not, with as many heads of keys as of queries
+    """
+
+    module: nn.Module
+    heads: int
+    scale: float
+    dropout: float
+    causal: bool
+    plain: bool
+
+
+_heard: list[Any] | None = None
+
+
+@contextlib.contextmanager
+def listening(to: list[Any]) -> Iterator[None]:
+    """Inside, every call for attention is added to the list."""
+    global _heard
+    _heard = to
+    try:
+        yield
+    finally:
+        _heard = None
 
 
 def attention(
@@ -36,18 +72,22 @@ def attention(
 
     attention_mask  (B, 1 or H, T, S): bool, True where a query sees a key, or added to the scores
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if _heard is not None:
+        simple = query.shape[1] == key.shape[1] and key.shape == value.shape and position_bias is None and all(x is None or x is False or name in HARMLESS for name, x in kwargs.items())
+        _heard.append(Call(module, query.shape[1], scale, dropout, causal, simple))
     if not plain_is_faster(query, key, dropout):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **kwargs)  # type: ignore[return-value]
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and attention_mask is None and query.shape[2] > 1
+    causal = causal and attention_mask is None and query.shape[2] > 1
     if position_bias is not None:
         bias = create_position_bias_mask(position_bias, attention_mask, causal, query, key)
     elif causal:
         bias = _added(torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(), query.dtype)[None, None]
     else:
         bias = None if attention_mask is None else _added(attention_mask, query.dtype)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return plain(query, key, value, bias, scale, dropout), None
 
 
@@ -72,6 +112,7 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:
         batch, heads, length, _ = query.shape
         q, k, v = (x.reshape(batch * heads, *x.shape[2:]) for x in (query, key, value))
@@ -86,6 +127,7 @@ class _Attention(torch.autograd.Function):
         return torch.bmm(used, v).view(batch, heads, length, -1).transpose(1, 2)
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, weights, factors = ctx.saved_tensors
         wants = ctx.needs_input_grad
@@ -94,13 +136,86 @@ class _Attention(torch.autograd.Function):
         d_weights = torch.bmm(g, v.transpose(1, 2))
         if factors is not None:
             d_weights.mul_(factors)
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
         d_bias = d_scores.view(*ctx.shape, *d_scores.shape[1:]).sum_to_size(ctx.bias[0]).to(ctx.bias[1]) if wants[3] else None
         d_scores = d_scores * ctx.scale if wants[3] else d_scores.mul_(ctx.scale)  # the gradient of a bias may be the same memory
         d_query = torch.bmm(d_scores, k) if wants[0] else None
         d_key = torch.bmm(d_scores.transpose(1, 2), q) if wants[1] else None
         split = (None if d is None else d.view(*ctx.shape, *d.shape[1:]) for d in (d_query, d_key, d_value))
         return *split, d_bias, None, None
+
+
+def packed(qkv: Tensor, packing: Packing, call: Call) -> Tensor:
+    """(N, 3 d) -> (N, d): each row attends to itself; queries, keys and values lie side by side."""
+    return _Packed.apply(qkv, packing.groups, call, call.dropout if call.module.training else 0.0)  # type: ignore[no-any-return]
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    @custom_fwd(device_type="cpu")
+    def forward(ctx: Any, qkv: Tensor, groups: tuple[tuple[int, int, int], ...], call: Call, dropout: float) -> Tensor:
+        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        saved: list[Tensor | None] = []
+        for first, rows, length in groups:
+            here = slice(first, first + rows * length)
+            q, k, v = three = _apart(qkv[here], rows, length, 3, call.heads)
+            across = _across(length)
+            scores = torch.bmm(k, q.transpose(1, 2)) if across else torch.bmm(q, k.transpose(1, 2))
+            scores.mul_(call.scale)
+            if call.causal:
+                later = torch.ones(length, length, dtype=torch.bool, device=qkv.device).triu(1)
+                scores.masked_fill_(later.T if across else later, torch.finfo(scores.dtype).min)
+            weights = torch.softmax(scores, 1 if across else 2)
+            factors = multipliers(weights, dropout) if dropout else None
+            used = weights if factors is None else torch.mul(weights, factors, out=scores)
+            _together(torch.bmm(used.transpose(1, 2) if across else used, v)[None], out[here], rows)
+            saved += [three, weights, factors]
+        ctx.save_for_backward(*saved)
+        ctx.groups, ctx.call = groups, call
+        return out
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        heads, scale = ctx.call.heads, ctx.call.scale
+        out = gradient.new_empty(len(gradient), 3 * gradient.shape[1])
+        saved = ctx.saved_tensors
+        for number, (first, rows, length) in enumerate(ctx.groups):
+            here = slice(first, first + rows * length)
+            (q, k, v), weights, factors = saved[3 * number : 3 * number + 3]
+            (g,) = _apart(gradient[here], rows, length, 1, heads)
+            across = _across(length)
+            found = torch.empty(3, *g.shape, dtype=g.dtype, device=g.device)
+            used = weights if factors is None else weights * factors
+            torch.bmm(used if across else used.transpose(1, 2), g, out=found[2])
+            d_weights = torch.bmm(v, g.transpose(1, 2)) if across else torch.bmm(g, v.transpose(1, 2))
+            if factors is not None:
+                d_weights.mul_(factors)
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, 1 if across else 2, weights.dtype).mul_(scale)
+            torch.bmm(d_scores.transpose(1, 2) if across else d_scores, k, out=found[0])
+            torch.bmm(d_scores if across else d_scores.transpose(1, 2), q, out=found[1])
+            _together(found, out[here], rows)
+        return out, None, None, None
+
+
+def _across(length: int) -> bool:
+    """Whether keys come before queries: torch's softmax is faster across rows than along short ones that fill no vector register."""
+    return length <= SHORT and length % 16 != 0
+
+
+def _apart(x: Tensor, rows: int, length: int, parts: int, heads: int) -> Tensor:
+    """(rows * length, parts * heads * k) -> (parts, rows * heads, length, k), in the type in which attention of this length is computed."""
+    width = x.shape[1] // (parts * heads)
+    dtype = torch.float32 if x.dtype == torch.bfloat16 and length <= SHORT else x.dtype
+    found = torch.empty(parts, rows, heads, length, width, dtype=dtype, device=x.device)
+    return found.copy_(x.view(rows, length, parts, heads, width).permute(2, 0, 3, 1, 4)).view(parts, rows * heads, length, width)
+
+
+def _together(x: Tensor, out: Tensor, rows: int) -> None:
+    """The reverse of `_apart`, into `out`."""
+    parts, all_heads, length, width = x.shape
+    heads = all_heads // rows
+    out.view(rows, length, parts, heads, width).copy_(x.view(parts, rows, heads, length, width).permute(1, 3, 0, 2, 4))
 
 
 AttentionInterface.register(NAME, attention)

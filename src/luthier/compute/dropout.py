@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 
 LEVELS = 2**16
 
@@ -29,12 +30,14 @@ def multipliers(like: Tensor, p: float) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         factors = multipliers(x, p)
         ctx.save_for_backward(factors)
         return x * factors
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (factors,) = ctx.saved_tensors
         return gradient * factors, None

@@ -1,4 +1,4 @@
-"""Linear layers under bf16: what is frozen is cast once for a run, and an input that several layers read is cast once for all of them."""
+"""Stock linear layers under bf16: what is frozen is cast once for a run, and an input that several layers read is cast once for all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.methods.changes import Changed
+from luthier.methods.changes import Changed, site_weight, stock_class
 
 
 class Cast:
@@ -34,12 +34,7 @@ class Cast:
 
 def frozen_linears(model: nn.Module) -> list[nn.Module]:
     """Linear layers whose own weight and bias do not learn; changes that methods made to them are not part of them."""
-    return [m for m in model.modules() if _kind(m) in (nn.Linear, Conv1D) and not any(p.requires_grad for p in (m.weight, m.bias) if p is not None)]  # type: ignore[union-attr]
-
-
-def _kind(module: nn.Module) -> type[nn.Module]:
-    """The stock class of a module that carries changes."""
-    return type(module).__mro__[2] if isinstance(module, Changed) else type(module)
+    return [m for m in model.modules() if stock_class(m) in (nn.Linear, Conv1D) and not any(p.requires_grad for p in (m.weight, m.bias) if p is not None)]  # type: ignore[union-attr]
 
 
 def place(module: nn.Module) -> str:
@@ -49,10 +44,9 @@ def place(module: nn.Module) -> str:
 
 def in_bf16(module: nn.Module, cast: Cast) -> Callable[[Tensor], Tensor]:
     """The module's own forward with a copy of its weights in bf16."""
-    weight, bias = (None if p is None else p.detach().to(torch.bfloat16) for p in (module.weight, module.bias))  # type: ignore[union-attr]
-    if _kind(module) is Conv1D:
-        weight = weight.T  # type: ignore[union-attr]
-    return functools.partial(_forward, weight, bias, cast)
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    weight = site_weight(module, None).detach().to(torch.bfloat16)
+    return functools.partial(_forward, weight, None if bias is None else bias.detach().to(torch.bfloat16), cast)
 
 
 def _forward(weight: Tensor, bias: Tensor | None, cast: Cast, x: Tensor, *_: Any) -> Tensor:

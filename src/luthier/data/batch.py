@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,9 +63,7 @@ class Batch:
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
     """Integer rows of unequal length -> one (B, T) tensor, filled up on one side."""
     width = max(len(row) for row in rows)
-    out = torch.full((len(rows), width), value, dtype=torch.long)
-    for i, row in enumerate(rows):
-        if row:
-            columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-            out[i, columns] = torch.tensor(row, dtype=torch.long)
-    return out
+    out = np.full((len(rows), width), value, dtype=np.int64)
+    for filled, row in zip(out, rows, strict=True):
+        filled[slice(0, len(row)) if side == "right" else slice(width - len(row), width)] = row
+    return torch.from_numpy(out)

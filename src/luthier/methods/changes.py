@@ -29,11 +29,20 @@ class Change(nn.Module):
     def __getitem__(self, name: str) -> Tensor:
         return getattr(self, name)
 
+    @property
+    def is_low_rank(self) -> bool:
+        return self.method.factors(self) is not None
+
     def cast(self, like: Tensor) -> Parameters:
         """The learnt tensors in the type of what they meet, should the model be stored in another; autocast sees to it by itself."""
         if torch.is_autocast_enabled(like.device.type) or all(self[name].dtype == like.dtype for name in self.names):
             return self
         return {name: self[name].to(like.dtype) for name in self.names}
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module as it was before it carried changes."""
+    return type(module).__mro__[2] if isinstance(module, Changed) else type(module)
 
 
 def site_weight(module: nn.Module, rows: slice | None) -> Tensor:
@@ -112,4 +121,4 @@ def merge(module: nn.Module) -> None:
         target.copy_(change.method.effective(target.float(), exact))  # type: ignore[arg-type]  # a view: rows and transposition write through
     for name in [name for name, child in module.named_children() if isinstance(child, Changes)]:
         delattr(module, name)
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = stock_class(module)  # type: ignore[assignment]

@@ -123,6 +123,11 @@ class WeightChange(Method):
 
     sites: str
 
+    @property
+    def draws(self) -> bool:
+        """Whether `forward` draws random numbers in training, so that nothing else may stand in for it there."""
+        return getattr(self, "dropout", 0) > 0
+
     @abstractmethod
     def create(self, weight: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
         """Learnt tensors at their start, float32. `weight` (out, in) may lie on the meta device: use its shape only."""

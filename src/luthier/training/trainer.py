@@ -151,7 +151,9 @@ class Trainer:
             self._restore(found)
         elif self.main:
             (self.folder / "metrics.jsonl").write_text("", encoding="utf-8")
-        with compute.prepared(self.model, self.device, settings.precision):
+        if self.trunk:
+            self.eval_modules += self.trunk.below(self._batch(range(min(2, len(self.train)))))
+        with compute.prepared(self.model, self.device, settings.precision, leave=self.trunk.blocks if self.trunk else ()):
             self._train(fresh=not found)
         if self.main and self.validation and (self.folder / "checkpoints" / "best").exists():  # the first process alone saves, measures and cleans up
             checkpoints.restore(self.model, checkpoints.read(self.folder / "checkpoints" / "best", self.device)[0])
@@ -160,8 +162,6 @@ class Trainer:
 
     def _train(self, fresh: bool) -> None:
         settings = self.settings
-        if self.trunk:
-            self.eval_modules += self.trunk.below(self._batch(range(min(2, len(self.train)))))
         if self.rehearse_longest and fresh:
             self._rehearse()
         board = self._tensorboard()
@@ -212,8 +212,8 @@ class Trainer:
             last = number == len(pieces) - 1
             with compute.autocast(self.device, self.settings.precision), self.accelerator.no_sync(self.called) if self.world > 1 and not last else contextlib.nullcontext():
                 term = self.task.loss(self.called, batch)
-                self._check(term, piece)
-                (term.sum * weight).backward()
+            self._check(term, piece)
+            (term.sum * weight).backward()
             total += float(term.sum.detach()) * weight
             count += term.count * weight
             tokens += batch.tokens

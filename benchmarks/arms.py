@@ -1,0 +1,83 @@
+"""One measurement in a process of its own: `python benchmarks/arms.py '{"arm": "luthier", ...}'` prints one JSON object.
+
+Fields: arm (luthier | trainer), method (lora | full), data (a folder of train and validation rows with `text` and `label`), model,
+steps (None: one whole pass), seed; of trainer also precision (fp32 | bf16) and grouping (by length or not).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+BATCH = 32
+LENGTH = 256
+RATES = {"lora": 3e-3, "full": 1e-4}  # of both sides: luthier's defaults at this size of model
+
+
+def luthier(method: str, data: str, model: str, steps: int | None, seed: int) -> dict[str, Any]:
+    """As the command line does it, with nothing else given."""
+    import luthier
+    from luthier.verbs.console import Console
+
+    times: list[float] = []
+
+    class Watch(Console):
+        @contextlib.contextmanager
+        def progress(self, label: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
+            yield (lambda count, text="": times.append(time.perf_counter())) if label == "training" else (lambda count, text="": None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = luthier.adapt(model, data, method=method, batch_size=BATCH, max_length=LENGTH, lr=RATES[method], seed=seed, epochs=1, max_steps=steps, baselines=False, out=f"{folder}/run", console=Watch(quiet=True))
+        record = run.record.content
+    return {"ends": times, "precision": record["training"]["precision"], "accuracy": record["metrics"]["accuracy"]["value"], "device": "cpu"}
+
+
+def trainer(method: str, data: str, model: str, steps: int | None, seed: int, precision: str, grouping: bool) -> dict[str, Any]:
+    """transformers' Trainer with peft, as its documentation shows it."""
+    from datasets import load_dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    times: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **more: Any) -> None:
+            times.append(time.perf_counter())
+
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = load_dataset("json", data_files={part: f"{data}/{part}.jsonl.gz" for part in ("train", "validation")})
+    labels = sorted(set(rows["train"]["label"]))
+    rows = rows.map(lambda row: {**tokenizer(row["text"], truncation=True, max_length=LENGTH), "labels": [labels.index(label) for label in row["label"]]}, batched=True, remove_columns=rows["train"].column_names)
+    net = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(labels))
+    if method == "lora":
+        net = get_peft_model(net, LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=BATCH, per_device_eval_batch_size=64, num_train_epochs=1, max_steps=steps or -1, learning_rate=RATES[method], warmup_steps=0.1, weight_decay=0.01,
+            bf16=precision == "bf16", train_sampling_strategy="group_by_length" if grouping else "random", use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, seed=seed,
+        )  # fmt: skip
+        fitted = Trainer(net, arguments, train_dataset=rows["train"], eval_dataset=rows["validation"], data_collator=DataCollatorWithPadding(tokenizer), callbacks=[Watch()], processing_class=tokenizer)
+        fitted.train()
+        found = fitted.predict(rows["validation"])
+    accuracy = float((found.predictions.argmax(-1) == found.label_ids).mean())
+    return {"ends": times, "precision": precision, "accuracy": accuracy, "device": "cpu"}
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    arm = {"luthier": luthier, "trainer": trainer}[given.pop("arm")]
+    with contextlib.redirect_stdout(sys.stderr):
+        found = arm(**given)
+    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

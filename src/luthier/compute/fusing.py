@@ -1,0 +1,179 @@
+"""Which blocks of a model run fused: found out on the first rows that it is given, and tried there before it is relied on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from luthier.anatomy import Anatomy, Block
+from luthier.compute import attention, block
+from luthier.compute.block import FusedBlock, Step
+from luthier.compute.packing import Packing
+from luthier.errors import UserError
+from luthier.methods.changes import Changed
+
+SAME = {torch.float32: 1e-4, torch.float64: 1e-9}  # of outputs of the two ways, of the largest
+ROUGH = 5e-2  # in other types
+ROWS = 2  # that are tried
+UNUSUAL = ("past_key_values", "use_cache", "output_attentions", "output_hidden_states", "inputs_embeds", "encoder_hidden_states", "decoder_input_ids", "head_mask")
+
+
+class Fusing:
+    """A context in which `model` runs fused what can be.
+
+    dtype     of the products; None: that of their input
+    leave     blocks that somebody else runs
+    learning  whether what is open for training changes meanwhile
+    then      called once with the modules of the fused blocks, as soon as they are known
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, leave: Collection[nn.Module], learning: bool, then: Callable[[Collection[nn.Module]], None]):
+        self.model, self.dtype, self.learning, self.then = model, dtype, learning, then
+        self.leave = {id(module) for module in leave}
+        self.blocks: dict[nn.Module, FusedBlock] = {}
+        self.calls: list[nn.Module] = []  # the modules of all blocks, in the order of the forward pass
+        self.own: dict[nn.Module, Any] = {}  # what stood in the place of forward functions that are replaced
+        self.known = False
+        self._clear()
+
+    def __enter__(self) -> Self:
+        self._hooks = [self.model.register_forward_pre_hook(self._before, with_kwargs=True), self.model.register_forward_hook(self._after, always_call=True)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._put_back()
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._clear()
+        usual = not args and not any(kwargs.get(name) is not None and kwargs[name] is not False for name in UNUSUAL)
+        if not self.known and usual:
+            self.known = True  # at once, as finding out runs the model too
+            self._find_out({name: x[:ROWS] if isinstance(x, Tensor) and x.dim() else x for name, x in kwargs.items()})
+            self.then(self.blocks)
+            self._clear()
+        mask = kwargs.get("attention_mask")
+        if not usual or not self.blocks or (mask is not None and mask.dim() != 2):
+            return
+        self.packing = Packing.of(mask) if mask is not None else None
+        self.active = mask is None or self.packing is not None
+
+    def _after(self, *_: Any) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        """Between two forward passes."""
+        self.active = False
+        self.packing: Packing | None = None
+        self.at = 0  # the next call
+        self.handed: Tensor | None = None  # what the last fused block handed on in packed form
+
+    def _find_out(self, inputs: dict[str, Any]) -> None:
+        """By `forward` itself: the hooks of the model, its own and those of others, belong to the pass that is under way."""
+        if any(getattr(self.model.config, name, False) for name in ("output_attentions", "output_hidden_states")):
+            return
+        try:
+            anatomy = Anatomy.of(self.model)
+        except (UserError, AttributeError):
+            return
+        blocks = [b for b in anatomy.blocks if id(b.module) not in self.leave]
+        self.calls = [b.module for b in blocks]
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+                steps = self._trace(inputs)
+                self.blocks = self._read(blocks, steps, None)
+                if not self.blocks or not self._same(inputs):
+                    self.blocks = {}
+                    return
+                self.blocks = self._read(blocks, steps, self.dtype)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        self._replace()
+
+    def _read(self, blocks: list[Block], steps: dict[nn.Module, list[Step]], dtype: torch.dtype | None) -> dict[nn.Module, FusedBlock]:
+        return {b.module: found for b in blocks if (found := block.read(b, steps[b.module], dtype, self.learning))}
+
+    def _trace(self, inputs: dict[str, Any]) -> dict[nn.Module, list[Step]]:
+        """The innermost modules and the attention that each block goes through once in training."""
+        steps: dict[nn.Module, list[Step]] = {module: [] for module in self.calls}
+        heard: list[Step] = []
+        hooks = []
+        for module in steps:
+            hooks.append(module.register_forward_pre_hook(lambda *_: heard.clear()))
+            hooks.append(module.register_forward_hook(lambda m, *_: steps.__setitem__(m, list(heard))))
+            changed = [m for m in module.modules() if isinstance(m, Changed)]
+            inner = {id(child) for m in changed for child in m.modules() if child is not m}
+            for m in module.modules():
+                if id(m) not in inner and (isinstance(m, Changed) or not any(True for _ in m.children())):
+                    hooks.append(m.register_forward_hook(lambda m, *_: heard.append(m)))
+        try:
+            self.model.train()
+            with attention.listening(heard):
+                self.model.forward(**inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return steps
+
+    def _same(self, inputs: dict[str, Any]) -> bool:
+        self.model.eval()
+        expected = _answer(self.model.forward, inputs)
+        self._replace()
+        try:
+            self._clear()
+            mask = inputs.get("attention_mask")
+            self.active, self.packing = True, Packing.of(mask) if mask is not None else None
+            if mask is not None and self.packing is None:
+                return False
+            found = _answer(self.model.forward, inputs)
+        finally:
+            self._put_back()
+            self._clear()
+        return bool((found - expected).abs().max() <= SAME.get(expected.dtype, ROUGH) * expected.abs().max().clamp(min=1))
+
+    def _replace(self) -> None:
+        for module in self.blocks:
+            self.own[module] = module.__dict__.get("forward")
+            module.forward = functools.partial(self._forward, module, module.forward)
+
+    def _put_back(self) -> None:
+        for module, own in self.own.items():
+            del module.forward
+            if own is not None:  # somebody else's
+                module.forward = own
+        self.own.clear()
+
+    def _forward(self, module: nn.Module, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return stock(*args, **kwargs)
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        while self.calls[self.at] is not module:
+            self.at += 1
+        self.at += 1
+        if self.packing is None:
+            self.packing = Packing.whole(*x.shape[:2])
+        if x is not self.handed:
+            x = self.packing.pack(x)
+        else:
+            x = x[0]
+        with torch.autocast("cpu", enabled=False):
+            x = self.blocks[module](x, self.packing)
+        if self.at < len(self.calls) and self.calls[self.at] in self.blocks:
+            self.handed = x[None]
+            return self.handed
+        self.handed = None
+        return self.packing.unpack(x)
+
+
+def _answer(call: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+    found = call(**inputs)
+    out = found.logits if hasattr(found, "logits") else found.last_hidden_state
+    mask = inputs.get("attention_mask")
+    return out * mask.unsqueeze(-1) if mask is not None and out.shape[:2] == mask.shape else out

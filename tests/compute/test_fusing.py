@@ -1,0 +1,171 @@
+"""Blocks that run fused on packed rows answer and learn as the stock ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from luthier import compute
+from luthier.compute import fusing
+from luthier.compute.fusing import Fusing
+from luthier.contract.tiny import CONFIGS, tiny_inputs, tiny_model
+from luthier.methods.engine import install
+from luthier.methods.stack import parse
+
+FUSED = ("bert", "roberta", "albert", "distilbert", "gpt2", "vit", "dinov2")
+STACKS = ("full", "lora", "lora(r=3, alpha=5, sites=attention.*+mlp.*)", "bitfit", "lora(sites=mlp.up)|bitfit")
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fusing]]:
+    """Every `Fusing` that is entered."""
+    made: list[Fusing] = []
+    monkeypatch.setattr(Fusing, "__enter__", lambda self, enter=Fusing.__enter__: made.append(self) or enter(self))
+    yield made
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """With everything that learns away from its start, where much of it is zero."""
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=rng, dtype=parameter.dtype), alpha=0.1)
+    return model
+
+
+def gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    out = model(**inputs).last_hidden_state
+    if "attention_mask" in inputs:
+        out = out * inputs["attention_mask"].unsqueeze(-1)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)).sum().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def inputs_for(architecture: str, **more: int) -> dict[str, torch.Tensor]:
+    inputs = tiny_inputs(architecture, **more)
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("architecture", FUSED)
+def test_answers_and_gradients_are_the_same(architecture: str, stack: str, fused: list[Fusing]) -> None:
+    model = moved(install(tiny_model(architecture).double(), parse(stack)).model)
+    inputs = inputs_for(architecture, batch=5, length=9)
+    expected = gradients(model, inputs)
+    with compute.prepared(model, "cpu", "fp32"):
+        found = gradients(model, inputs)
+        blocks = len({id(module) for module in fused[0].calls})
+        assert len(fused[0].blocks) == blocks > 0
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("architecture", [name for name in FUSED if name not in ("vit", "dinov2")])
+def test_a_row_is_the_same_in_any_company(architecture: str) -> None:
+    """Packed with others, in any order, or alone."""
+    model, inputs = tiny_model(architecture).double(), inputs_for(architecture, batch=6, length=8)
+    lengths = inputs["attention_mask"].sum(1)
+    with torch.no_grad(), compute.prepared(model, "cpu", "fp32", learning=False):
+        together = model(**inputs).last_hidden_state
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        shuffled = model(**{name: x[order] for name, x in inputs.items()}).last_hidden_state
+        for row, length in enumerate(lengths):
+            alone = model(**{name: x[row : row + 1, :length] for name, x in inputs.items()}).last_hidden_state[0]
+            torch.testing.assert_close(together[row, :length], alone)
+            torch.testing.assert_close(shuffled[(order == row).nonzero().item(), :length], alone)
+
+
+def test_what_a_row_says_reaches_no_other() -> None:
+    model, inputs = tiny_model("bert").double(), inputs_for("bert", batch=4, length=6)
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][2] = (other["input_ids"][2] + 7) % 90
+    with torch.no_grad(), compute.prepared(model, "cpu", "fp32"):
+        a, b = model(**inputs).last_hidden_state, model(**other).last_hidden_state
+    assert torch.equal(a[[0, 1, 3]], b[[0, 1, 3]]) and not torch.allclose(a[2], b[2])
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "vit"])
+@pytest.mark.parametrize("stack", ["freeze(bottom=1)", "lora(sites=blocks[-1:].mlp.up)"])
+def test_blocks_of_which_only_some_learn(architecture: str, stack: str) -> None:
+    model, inputs = moved(install(tiny_model(architecture).double(), parse(stack)).model), inputs_for(architecture)
+    expected = gradients(model, inputs)
+    with compute.prepared(model, "cpu", "fp32"):
+        torch.testing.assert_close(gradients(model, inputs), expected)
+
+
+@pytest.mark.parametrize("stack", ["adapter", "he_parallel", "lora(dropout=0.5)"])
+def test_blocks_with_something_else_in_them_stay_as_they_are(stack: str, fused: list[Fusing]) -> None:
+    model = moved(install(tiny_model("bert").double(), parse(stack)).model)
+    expected = gradients(model, inputs_for("bert"))
+    with compute.prepared(model, "cpu", "fp32"):
+        found = gradients(model, inputs_for("bert"))
+    assert not fused[0].blocks
+    torch.testing.assert_close(found, expected)
+
+
+def test_some_blocks_fused_and_some_not(fused: list[Fusing]) -> None:
+    model = moved(install(tiny_model("bert").double(), parse("adapter(sites=blocks[1].mlp.out)|lora")).model)
+    expected = gradients(model, inputs_for("bert"))
+    with compute.prepared(model, "cpu", "fp32", leave=[]):
+        found = gradients(model, inputs_for("bert"))
+    assert len(fused[0].blocks) == 2
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_model_that_would_answer_otherwise_is_left_alone(fused: list[Fusing], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read off a block is tried: here it was read wrongly."""
+    right = fusing.block.read
+
+    def wrong(*args: object) -> object:
+        found = right(*args)  # type: ignore[arg-type]
+        found.activation = nn.ReLU()  # type: ignore[union-attr]
+        return found
+
+    monkeypatch.setattr(fusing.block, "read", wrong)
+    model, inputs = tiny_model("bert"), tiny_inputs("bert")
+    expected = model(**inputs).last_hidden_state
+    with compute.prepared(model, "cpu", "fp32"):
+        torch.testing.assert_close(model(**inputs).last_hidden_state, expected)
+    assert not fused[0].blocks
+
+
+def test_dropout_is_where_the_block_has_it() -> None:
+    """Attention weights, attention output and feed-forward output each drop their own share, and eval mode none."""
+    model = BertModel(BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5))
+    inputs = tiny_inputs("bert", batch=2, length=4)
+    layer = model.encoder.layer[0]
+    drops = {"weights": layer.attention.self, "attention output": layer.attention.output.dropout, "feed-forward output": layer.output.dropout}
+    with torch.no_grad(), compute.prepared(model, "cpu", "fp32"):
+        still = model.eval()(**inputs).last_hidden_state
+        for name, module in drops.items():
+            model.eval()
+            module.train()
+            assert not torch.allclose(model(**inputs).last_hidden_state, still), name
+        model.eval()
+        torch.testing.assert_close(model(**inputs).last_hidden_state, still)
+
+
+@pytest.mark.parametrize("unusual", [{"output_attentions": True}, {"output_hidden_states": True}])
+def test_what_only_the_stock_blocks_give_comes_from_them(unusual: dict[str, bool]) -> None:
+    model, inputs = tiny_model("bert"), tiny_inputs("bert")
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), compute.prepared(model, "cpu", "fp32"):
+        model(**inputs)
+        found = model(**inputs, **unusual)
+    assert len(found.attentions if "output_attentions" in unusual else found.hidden_states) >= 3
+
+
+def test_every_architecture_is_known_to_fuse_or_not(fused: list[Fusing]) -> None:
+    found = set()
+    for architecture in CONFIGS:
+        model = tiny_model(architecture)
+        with torch.no_grad(), compute.prepared(model, "cpu", "fp32"):
+            model(**tiny_inputs(architecture))
+            if fused[-1].blocks:
+                found.add(architecture)
+    assert found == set(FUSED)
