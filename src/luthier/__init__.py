@@ -19,11 +19,13 @@ __version__ = "0.1.0"
 _LAZY = {
     "adapt": "luthier.verbs.adapt",
     "apply": "luthier.verbs.apply",
+    "embed": "luthier.verbs.embed",
     "evaluate": "luthier.verbs.evaluate",
     "export": "luthier.verbs.export",
-    "load": "luthier.verbs.run",
+    "load": "luthier.verbs.encoder",
     "predict": "luthier.verbs.predict",
     "search": "luthier.verbs.search",
+    "Encoder": "luthier.verbs.encoder",
     "Run": "luthier.verbs.run",
     "Recipe": "luthier.recipe",
     "Anatomy": "luthier.anatomy",
@@ -31,7 +33,7 @@ _LAZY = {
     "UserError": "luthier.errors",
 }
 
-__all__ = ["Anatomy", "Recipe", "Run", "UserError", "Workload", "__version__", "adapt", "apply", "evaluate", "export", "load", "predict", "search"]
+__all__ = ["Anatomy", "Encoder", "Recipe", "Run", "UserError", "Workload", "__version__", "adapt", "apply", "embed", "evaluate", "export", "load", "predict", "search"]
 
 if TYPE_CHECKING:
     from luthier.anatomy import Anatomy, Workload
@@ -39,10 +41,12 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.verbs.adapt import adapt
     from luthier.verbs.apply import apply
+    from luthier.verbs.embed import embed
+    from luthier.verbs.encoder import Encoder, load
     from luthier.verbs.evaluate import evaluate
     from luthier.verbs.export import export
     from luthier.verbs.predict import predict
-    from luthier.verbs.run import Run, load
+    from luthier.verbs.run import Run
     from luthier.verbs.search import search
 
 

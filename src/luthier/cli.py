@@ -149,6 +149,27 @@ def predict(
 
 
 @app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="a run folder of sentence-similarity, or a stock model folder")],
+    data: Annotated[str, typer.Option(help="a file of texts")],
+    out: Annotated[Path, typer.Option(help="vectors.npy (n, d), or rows and vectors as .parquet")],
+    part: Annotated[str, typer.Option(help="document or query: which of the model's prefixes the texts get")] = "document",
+    column: Annotated[str | None, typer.Option(help="the column of texts")] = None,
+    where: Where = None,
+    encoding: Encoding = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16; without it that of the run, or auto")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts at once")] = 64,
+    base: Base = None,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT")] = False,
+) -> None:
+    """Write the vector of every text of a file; an interrupted one goes on where it stopped."""
+    from luthier.verbs.embed import embed as verb
+
+    verb(model, data, out=out, part=part, column=column, where=_pairs(where, "--where") or None, encoding=encoding, precision=precision, batch_size=batch_size, base=base, device=device, overwrite=overwrite)
+
+
+@app.command()
 def search(
     run: Run,
     words: Annotated[list[str], typer.Argument(help="the question")],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from luthier.errors import UserError
+from luthier.errors import UserError, did_you_mean
 from luthier.machine.answer import CAPPED, UNCAPPED, known
 from luthier.machine.probe import ensure
 from luthier.machine.setting import CAP_NAMES, in_force
 
+PRECISIONS = ("auto", "fp32", "bf16")
 FASTER = 1.1  # bf16 must train so many times as fast as fp32 to be taken unasked
 UNMEASURED = 50e9  # FLOP/s of a processor that nobody measured
 GPU = {"fp32": 20e12, "bf16": 100e12}  # FLOP/s; a rough guess, for estimates of duration only
@@ -43,6 +44,8 @@ def choose_precision(requested: str, device: str = "cpu") -> tuple[str, str]:
     requested  auto (bf16 only where it is safe and faster), fp32 or bf16
     Measures the machine first where that was not done. Raises UserError where bf16 is asked for and is not safe on `device` in this process.
     """
+    if requested not in PRECISIONS:
+        raise UserError(f"--precision {requested}: there is no such precision.{did_you_mean(requested, PRECISIONS)} Choose {', '.join(PRECISIONS)}.")
     if requested == "fp32":
         return "fp32", "given"
     bf16 = _on_cpu() if device == "cpu" else _elsewhere(device)

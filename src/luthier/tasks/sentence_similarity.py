@@ -74,16 +74,20 @@ class SentenceSimilarity(Task):
         return found
 
     @classmethod
-    def learn(cls, train, validation, test, **options):
+    def configured(cls, scored: bool = False, **options: Any) -> SentenceSimilarity:
+        """Raises UserError for a pooling that luthier does not have."""
         given = cls.take_options(options)
         if given["pooling"] not in POOLINGS:
             raise UserError(f"The pooling {given['pooling']!r} (of --set pooling, or of the model's 1_Pooling/config.json) is not one of luthier's: {', '.join(POOLINGS)}. Choose with --set pooling=NAME.")
         if not isinstance(given["symmetric"], bool):
             raise UserError(f"--set symmetric={given['symmetric']!r}: choose true or false.")
-        scored = "score" in train.columns
         if scored and given["symmetric"]:
             raise UserError("--set symmetric=true is for pairs that belong together; these rows have scores, which read the same from both sides.")
-        task = cls(scored, given["pooling"], str(given["query_prefix"]), str(given["document_prefix"]), given["symmetric"])
+        return cls(scored, given["pooling"], str(given["query_prefix"]), str(given["document_prefix"]), given["symmetric"])
+
+    @classmethod
+    def learn(cls, train, validation, test, **options):
+        task = cls.configured("score" in train.columns, **options)
         for rows in (train, validation, test):
             task.check(rows)
         return task
@@ -111,9 +115,12 @@ class SentenceSimilarity(Task):
                 parts[part] = self.encode_text(row[part], part, tokenizer, max_length)
         return Features(target=(row.get("query"), row.get("document"), row.get("negative"), row.get("score")), truncated=sum(p.truncated for p in parts.values()), parts=parts)
 
+    def prefix(self, part: str) -> str:
+        """What stands before the texts of a part: query, document or negative."""
+        return self.query_prefix if part == "query" else self.document_prefix
+
     def encode_text(self, text: str, part: str, tokenizer: Any, max_length: int) -> Features:
-        prefix = self.query_prefix if part == "query" else self.document_prefix
-        inputs, cut = encode_texts(tokenizer, prefix + text, None, max_length)
+        inputs, cut = encode_texts(tokenizer, self.prefix(part) + text, None, max_length)
         return Features(inputs, truncated=cut)
 
     def collate(self, features: Sequence[Features], rows: Sequence[int], tokenizer: Any) -> Batch:

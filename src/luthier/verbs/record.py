@@ -62,6 +62,7 @@ def build(
             "ended": result.reason,
             "best": result.best_metric,
             "precision": job.precision,
+            "precision_asked": job.recipe.precision,
             "settings": {name: {"value": chosen.value, "origin": chosen.origin} for name, chosen in job.chosen.items()},
             "plan": job.plan.lines(),
             "new_heads": list(fitted.new_heads),

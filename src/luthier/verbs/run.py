@@ -20,7 +20,6 @@ from luthier.pretrained import Pretrained
 from luthier.runs import RunRecord, read_run
 from luthier.tasks import find
 from luthier.tasks.base import Features, Task
-from luthier.tasks.sentence_similarity import SentenceSimilarity
 from luthier.training.evaluation import outputs
 from luthier.verbs.job import encode
 
@@ -99,7 +98,7 @@ class Run:
     @functools.cached_property
     def precision(self) -> str:
         """float32 where the run was asked for it, so that its metrics come out again; else what is safe and fastest here, wherever it was trained."""
-        return machine.choose_precision("fp32" if self.record.recipe.precision == "fp32" else "auto", self.device)[0]
+        return machine.choose_precision("fp32" if self.record.content.get("training", {}).get("precision_asked") == "fp32" else "auto", self.device)[0]
 
     def predict(self, rows: Iterable[Any], top: int = 1, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for texts, or for dictionaries with this run's columns: labels and scores, tags, numbers, vectors, text."""
@@ -113,11 +112,9 @@ class Run:
 
     def embed(self, texts: Sequence[str], part: str = "query", batch_size: int = 64) -> np.ndarray:
         """(n, d) float32 vectors of unit length, of a sentence-similarity run; part (query or document) chooses the prefix."""
-        task = self.task
-        if not isinstance(task, SentenceSimilarity):
-            raise UserError(f"{self.path} is a {task.tag} run; vectors come from an embedding run (adapt --task sentence-similarity).")
-        features = [Features(parts={"query": task.encode_text(text, part, self.tokenizer, self.record.data["max_length"])}, target=(text, None, None, None)) for text in texts]
-        return np.stack(self._outputs(features, batch_size))[:, 0]
+        from luthier.verbs.encoder import Encoder
+
+        return Encoder.of(self).embed(texts, part, batch_size)
 
     def _outputs(self, features: Sequence[Features], batch_size: int) -> list[Any]:
         return outputs(self.model, self.task, features, self.tokenizer, batch_size=batch_size, device=self.device, precision=self.precision)

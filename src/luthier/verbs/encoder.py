@@ -1,0 +1,105 @@
+"""Texts to vectors, by an embedding run or by a plain encoder with the pooling that its folder asks for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from luthier import compute, machine
+from luthier.data.batch import Batch
+from luthier.errors import UserError
+from luthier.pretrained import Pretrained
+from luthier.tasks.base import Features, as_floats, padded
+from luthier.tasks.sentence_similarity import SentenceSimilarity
+from luthier.training.evaluation import by_length
+from luthier.verbs.job import usual
+from luthier.verbs.run import Run
+
+
+class Encoder:
+    """`encoder.embed(texts)` gives (n, d) float32 vectors of unit length.
+
+    max_length  tokens that are read of each text
+    """
+
+    def __init__(self, model: nn.Module, task: SentenceSimilarity, tokenizer: Any, max_length: int, device: str, precision: str, name: str, sha256: str):
+        self.model, self.task, self.tokenizer, self.max_length = model, task, tokenizer, max_length
+        self.device, self.precision, self.name, self.sha256 = device, precision, name, sha256
+        self.truncated = 0  # texts so far that were longer than what is read
+
+    def __repr__(self) -> str:
+        return f"Encoder({self.name!r}, {self.task.pooling} pooling, {self.max_length} tokens, {self.precision})"
+
+    @classmethod
+    def open(cls, path: str | Path, base: str | Path | None = None, device: str | None = None, precision: str | None = None) -> Encoder:
+        """From a run folder, or from a stock model folder: its sentence-transformers files say how to pool and with which prefixes, else the mean of all tokens is taken.
+
+        precision  auto, fp32 or bf16; by default the run's own, and auto for a stock folder
+        Raises UserError for a run of another task, and for a folder that is neither.
+        """
+        if (Path(path) / "run.json").is_file():
+            return cls.of(Run(path, base, device), precision)
+        start = Pretrained.open(path)
+        device = machine.choose_device(device)
+        config = start.config()
+        task = SentenceSimilarity.configured(**SentenceSimilarity.model_options(start.path))
+        tokenizer = start.tokenizer()
+        model = start.load(SentenceSimilarity.auto_class)[0].to(device)
+        return cls(model, task, tokenizer, usual(config, tokenizer, start.path), device, machine.choose_precision(precision or "auto", device)[0], str(path), start.sha256)
+
+    @classmethod
+    def of(cls, run: Run, precision: str | None = None) -> Encoder:
+        if not isinstance(run.task, SentenceSimilarity):
+            raise UserError(f"{run.path} is a {run.task.tag} run; vectors come from an embedding run (adapt --task sentence-similarity).")
+        chosen = machine.choose_precision(precision, run.device)[0] if precision else run.precision
+        return cls(run.model, run.task, run.tokenizer, run.record.data["max_length"], run.device, chosen, str(run.path), run.record.content["created"])
+
+    def embed(self, texts: Sequence[str], part: str = "document", batch_size: int = 64, progress: Callable[[int], None] = lambda texts: None) -> np.ndarray:
+        """(n, d) float32 of unit length, in the order of `texts`.
+
+        part      query or document: which of the model's prefixes the texts get
+        progress  called with the number of texts done
+        """
+        if isinstance(texts, str):
+            raise UserError("embed takes a list of texts; put the one text into brackets.")
+        features = self._features(list(texts), part)
+        found = np.empty((len(features), self._width()), dtype=np.float32)
+        with torch.inference_mode(), compute.running(self.model.eval(), self.device, self.precision):
+            for rows in by_length([f.length for f in features], batch_size):
+                batch = Batch(padded([features[i] for i in rows], self.tokenizer)).to(self.device)
+                found[rows] = as_floats(self.task.vectors(self.model, batch))
+                progress(len(rows))
+        return found
+
+    def ready(self) -> contextlib.AbstractContextManager[None]:
+        """Around many calls: the model is prepared once for all of them."""
+        return compute.prepared(self.model, self.device, self.precision, learning=False)
+
+    def _features(self, texts: list[str], part: str) -> list[Features]:
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"Text {number + 1} is {text!r}, not a string.")
+        prefix = self.task.prefix(part)
+        given = self.tokenizer([prefix + text for text in texts], truncation=False, verbose=False)["input_ids"] if texts else []
+        found = []
+        for text, ids in zip(texts, given, strict=True):
+            # what the tokenizer ends a text with stays, so that a long one is cut by the tokenizer itself
+            found.append(self.task.encode_text(text, part, self.tokenizer, self.max_length) if len(ids) > self.max_length else Features({"input_ids": ids, "attention_mask": [1] * len(ids)}))
+        self.truncated += sum(f.truncated > 0 for f in found)
+        return found
+
+    def _width(self) -> int:
+        config: Any = getattr(self.model, "config")  # noqa: B009
+        return next(int(size) for name in ("hidden_size", "dim", "d_model", "n_embd") if (size := getattr(config, name, None)))
+
+
+def load(path: str | Path, base: str | Path | None = None, device: str | None = None) -> Run | Encoder:
+    """Open a run folder, or a stock model folder as an encoder."""
+    plain = not (Path(path) / "run.json").is_file() and (Path(path) / "config.json").is_file()
+    return Encoder.open(path, base, device) if plain else Run(path, base, device)
