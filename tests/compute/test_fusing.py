@@ -169,3 +169,35 @@ def test_every_architecture_is_known_to_fuse_or_not(fused: list[Fusing]) -> None
             if fused[-1].blocks:
                 found.add(architecture)
     assert found == set(FUSED)
+
+
+@pytest.mark.parametrize("stack", ["full", "lora", "bitfit"])
+@pytest.mark.parametrize("architecture,leaves", [("bert", "first"), ("roberta", "first"), ("distilbert", "first"), ("albert", "first"), ("vit", "first"), ("gpt2", None)])
+def test_of_the_last_block_only_the_pooled_token_is_computed(architecture: str, leaves: str | None, stack: str, fused: list[Fusing]) -> None:
+    """Where a stock head reads one token of each row, with the same logits and gradients."""
+    vision = architecture == "vit"
+    model = tiny_model(architecture, "AutoModelForImageClassification" if vision else "AutoModelForSequenceClassification", num_labels=3).double()
+    heads = tuple(name for name, _ in model.named_parameters() if name.split(".")[0] in ("classifier", "score", "pre_classifier"))
+    model, inputs = moved(install(model, parse(stack), new_heads=heads).model), inputs_for(architecture, batch=4, length=6)
+
+    def learnt() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        logits = model(**inputs).logits
+        (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=logits.dtype)).sum().backward()
+        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = learnt()
+    with compute.prepared(model, "cpu", "fp32"):
+        found = learnt()
+    assert fused[0].blocks and fused[0].leaves == leaves
+    torch.testing.assert_close(found[0], expected[0])
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1].get(name, torch.zeros_like(gradient)), gradient)
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForTokenClassification"])
+def test_where_every_token_matters_every_token_is_computed(auto_class: str, fused: list[Fusing]) -> None:
+    model = tiny_model("bert", auto_class)
+    with torch.no_grad(), compute.prepared(model, "cpu", "fp32"):
+        model(**tiny_inputs("bert"))
+    assert fused[0].blocks and fused[0].leaves is None

@@ -155,6 +155,7 @@ class _Packed(torch.autograd.Function):
     @custom_fwd(device_type="cpu")
     def forward(ctx: Any, qkv: Tensor, groups: tuple[tuple[int, int, int], ...], call: Call, dropout: float) -> Tensor:
         out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        out[_end(groups) :] = 0  # spare tokens
         saved: list[Tensor | None] = []
         for first, rows, length in groups:
             here = slice(first, first + rows * length)
@@ -179,6 +180,7 @@ class _Packed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         heads, scale = ctx.call.heads, ctx.call.scale
         out = gradient.new_empty(len(gradient), 3 * gradient.shape[1])
+        out[_end(ctx.groups) :] = 0
         saved = ctx.saved_tensors
         for number, (first, rows, length) in enumerate(ctx.groups):
             here = slice(first, first + rows * length)
@@ -196,6 +198,24 @@ class _Packed(torch.autograd.Function):
             torch.bmm(d_scores if across else d_scores.transpose(1, 2), q, out=found[1])
             _together(found, out[here], rows)
         return out, None, None, None
+
+
+def pooled(query: Tensor, key_value: Tensor, packing: Packing, call: Call) -> Tensor:
+    """query (B, d) of one token of each packed row, key_value (N, 2 d) -> (B, d): what that token sees, which is all of its row."""
+    dropout = call.dropout if call.module.training else 0.0
+    found, row = [], 0
+    for first, rows, length in packing.groups:
+        dtype = torch.float32 if query.dtype == torch.bfloat16 and length <= SHORT else query.dtype
+        q = query[row : row + rows].to(dtype).view(rows, call.heads, 1, -1)
+        k, v = key_value[first : first + rows * length].to(dtype).view(rows, length, 2, call.heads, -1).permute(2, 0, 3, 1, 4)
+        found.append(plain(q, k, v, None, call.scale, dropout).reshape(rows, -1))
+        row += rows
+    return torch.cat(found).to(query.dtype)
+
+
+def _end(groups: tuple[tuple[int, int, int], ...]) -> int:
+    first, rows, length = groups[-1]
+    return first + rows * length
 
 
 def _across(length: int) -> bool:

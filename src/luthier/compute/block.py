@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.anatomy import Block
 from luthier.anatomy.structure import is_norm
-from luthier.compute.attention import Call, packed
+from luthier.compute.attention import Call, packed, pooled
 from luthier.compute.dropout import multipliers
 from luthier.compute.packing import Packing
 from luthier.compute.products import Linear
@@ -55,11 +55,20 @@ class FusedBlock:
     def __init__(self, attention: Sublayer, mlp: Sublayer, call: Call, qkv: Linear, output: Linear, up: Linear, activation: nn.Module, down: Linear):
         self.attention, self.mlp, self.call = attention, mlp, call
         self.qkv, self.output, self.up, self.activation, self.down = qkv, output, up, activation, down
+        self.query, self.key_value = qkv.apart(1)
+
+    def pooled(self, x: Tensor, packing: Packing, tokens: Tensor) -> Tensor:
+        """(B, d): the block's answer for one token of each row, all that leaves it. `tokens`: which (B,)."""
+        read = x if self.attention.before is None else self.attention.before(x)
+        seen = pooled(self.query(read[tokens]), self.key_value(read), packing, self.call)
+        return self._mlp(self.attention.leave(x[tokens], self.output(seen)))
 
     def __call__(self, x: Tensor, packing: Packing) -> Tensor:
         read = x if self.attention.before is None else self.attention.before(x)
         seen = packed(self.qkv(read), packing, self.call)
-        x = self.attention.leave(x, self.output(seen))
+        return self._mlp(self.attention.leave(x, self.output(seen)))
+
+    def _mlp(self, x: Tensor) -> Tensor:
         read = x if self.mlp.before is None else self.mlp.before(x)
         return self.mlp.leave(x, self.down(self.activation(self.up(read))))
 

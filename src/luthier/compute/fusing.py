@@ -38,6 +38,8 @@ class Fusing:
         self.calls: list[nn.Module] = []  # the modules of all blocks, in the order of the forward pass
         self.own: dict[nn.Module, Any] = {}  # what stood in the place of forward functions that are replaced
         self.known = False
+        self.leaves: str | None = None  # first or last: the only token of a row that matters behind the last block
+        self.noise: str | None = None
         self._clear()
 
     def __enter__(self) -> Self:
@@ -91,6 +93,7 @@ class Fusing:
                 if not self.blocks or not self._same(inputs):
                     self.blocks = {}
                     return
+                self.leaves = next((which for which in ("first", "last") if self._only_leaves(inputs, which)), None)
                 self.blocks = self._read(blocks, steps, self.dtype)
         finally:
             for module, mode in modes.items():
@@ -123,20 +126,38 @@ class Fusing:
         return steps
 
     def _same(self, inputs: dict[str, Any]) -> bool:
+        """Whether the model answers alike with fused blocks."""
         self.model.eval()
-        expected = _answer(self.model.forward, inputs)
+        expected = _answer(self.model.forward(**inputs), inputs)
+        found = self._tried(inputs)
+        return found is not None and bool((_answer(found, inputs) - expected).abs().max() <= SAME.get(expected.dtype, ROUGH) * expected.abs().max().clamp(min=1))
+
+    def _only_leaves(self, inputs: dict[str, Any], which: str) -> bool:
+        """Whether nothing else of a row than its first or last token matters behind the last block: noise in the place of all others changes no bit of the answer."""
+        last = self.blocks.get(self.calls[-1])
+        if last is None or last.query.modules == last.key_value.modules or (which == "first" and last.call.causal):
+            return False
+        plain, self.noise = self._tried(inputs), which
+        try:
+            noisy = self._tried(inputs)
+        finally:
+            self.noise = None
+        return plain is not None and noisy is not None and all(torch.equal(a, b) for a, b in zip(_tensors(plain), _tensors(noisy), strict=True))
+
+    def _tried(self, inputs: dict[str, Any]) -> Any:
+        """The model's output with fused blocks, or None where its rows cannot be packed."""
+        self._clear()
+        mask = inputs.get("attention_mask")
+        self.packing = Packing.of(mask) if mask is not None else None
+        if mask is not None and self.packing is None:
+            return None
+        self.active = True
         self._replace()
         try:
-            self._clear()
-            mask = inputs.get("attention_mask")
-            self.active, self.packing = True, Packing.of(mask) if mask is not None else None
-            if mask is not None and self.packing is None:
-                return False
-            found = _answer(self.model.forward, inputs)
+            return self.model.forward(**inputs)
         finally:
             self._put_back()
             self._clear()
-        return bool((found - expected).abs().max() <= SAME.get(expected.dtype, ROUGH) * expected.abs().max().clamp(min=1))
 
     def _replace(self) -> None:
         for module in self.blocks:
@@ -163,8 +184,15 @@ class Fusing:
             x = self.packing.pack(x)
         else:
             x = x[0]
+        ends = self.at == len(self.calls)
         with torch.autocast("cpu", enabled=False):
+            if ends and self.leaves:
+                tokens = self.packing.ends(self.leaves == "last")
+                return self.packing.unpack(self.blocks[module].pooled(x, self.packing, tokens), tokens)
             x = self.blocks[module](x, self.packing)
+        if ends and self.noise:
+            tokens = self.packing.ends(self.noise == "last")
+            x = torch.randn_like(x).index_copy(0, tokens, x[tokens])
         if self.at < len(self.calls) and self.calls[self.at] in self.blocks:
             self.handed = x[None]
             return self.handed
@@ -172,8 +200,11 @@ class Fusing:
         return self.packing.unpack(x)
 
 
-def _answer(call: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
-    found = call(**inputs)
+def _answer(found: Any, inputs: dict[str, Any]) -> Tensor:
     out = found.logits if hasattr(found, "logits") else found.last_hidden_state
     mask = inputs.get("attention_mask")
     return out * mask.unsqueeze(-1) if mask is not None and out.shape[:2] == mask.shape else out
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return [x for x in found.values() if isinstance(x, Tensor)]

@@ -8,6 +8,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+STEP = 16  # the number of packed tokens is a multiple of it: oneDNN builds a kernel for every new number of rows, which costs as much as half a block
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -15,11 +17,13 @@ class Packing:
 
     index   (N,): of each packed token, its place among the B * T padded ones; None where packed and padded are the same
     groups  (first token, number of rows, tokens of each) of the rows of one length
+    spare   tokens behind the last row that belong to none: copies that nobody reads
     """
 
     shape: tuple[int, int]
     index: Tensor | None
     groups: tuple[tuple[int, int, int], ...]
+    spare: int = 0
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing | None:
@@ -38,20 +42,32 @@ class Packing:
             count = len(list(members))
             groups.append((first, count, length))
             first += count * length
-        return cls((rows, width), index, tuple(groups))
+        spare = -first % STEP
+        return cls((rows, width), torch.cat([index, index[:1].expand(spare)]), tuple(groups), spare)
 
     @classmethod
     def whole(cls, rows: int, width: int) -> Packing:
         """Of a batch without padding."""
         return cls((rows, width), None, ((0, rows, width),))
 
+    def ends(self, last: bool) -> Tensor:
+        """(B,): of each packed row, where its first or last token is."""
+        found = [torch.arange(first + (length - 1 if last else 0), first + rows * length, length) for first, rows, length in self.groups]
+        return torch.cat(found)
+
     def pack(self, x: Tensor) -> Tensor:
-        """(B, T, d) -> (N, d)"""
+        """(B, T, d) -> (N, d), with the spare ones"""
         flat = x.flatten(0, 1)
         return flat if self.index is None else flat[self.index]
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """(N, d) -> (B, T, d), 0 at padding."""
+    def unpack(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(N, d) -> (B, T, d), 0 at padding. tokens: the packed tokens that x holds, in their order; the others are 0 too."""
         rows, width = self.shape
-        flat = x if self.index is None else x.new_zeros(rows * width, x.shape[-1]).index_copy(0, self.index, x)
-        return flat.view(rows, width, -1)
+        index = self.index
+        if tokens is None and index is None:
+            return x.view(rows, width, -1)
+        if tokens is not None:
+            index = tokens if index is None else index[tokens]
+        elif self.spare:
+            index, x = index[: -self.spare], x[: -self.spare]  # type: ignore[index]
+        return x.new_zeros(rows * width, x.shape[-1]).index_copy(0, index, x).view(rows, width, -1)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ class Linear:
     """
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None, learning: bool):
-        self.modules, self.dtype = list(modules), dtype
+        self.modules, self.dtype, self.learning = list(modules), dtype, learning
         self.sizes = [len(site_weight(module, None)) for module in self.modules]
         own = [p for module in self.modules for p in (module.weight, module.bias) if p is not None]
         whole = [p for _, change in self._changes() if not change.is_low_rank for p in change.parameters()]
@@ -35,6 +35,11 @@ class Linear:
         weight, bias = self.kept or self._weights(dtype)
         down, up = self._factors(dtype)
         return _Product.apply(x, weight, bias, down, up)  # type: ignore[no-any-return]
+
+    def apart(self, count: int) -> tuple[Linear, Linear]:
+        """The first `count` modules and the others, each for itself; both all of them where they cannot be parted."""
+        first, others = self.modules[:count], self.modules[count:]
+        return Linear(first, self.dtype, self.learning), Linear(others or first, self.dtype, self.learning)
 
     def _changes(self) -> list[tuple[int, Any]]:
         """(first row among all outputs, change)"""
