@@ -201,3 +201,17 @@ def test_where_every_token_matters_every_token_is_computed(auto_class: str, fuse
     with torch.no_grad(), compute.prepared(model, "cpu", "fp32"):
         model(**tiny_inputs("bert"))
     assert fused[0].blocks and fused[0].leaves is None
+
+
+def test_rows_of_one_token_do_not_tell_which_token_matters(fused: list[Fusing]) -> None:
+    """They come first here; what is decided on them must hold for the longer rows after them."""
+    model, inputs = tiny_model("bert", "AutoModelForSequenceClassification", num_labels=2).double(), inputs_for("bert", batch=3, length=6)
+    model.bert.pooler.forward = lambda states: states.mean(1)  # a head that reads every token
+    short = {name: x[:, :1] for name, x in inputs.items()}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with compute.prepared(model, "cpu", "fp32"):
+            model(**short)
+            full = {name: x[:1, :6] for name, x in inputs.items()}
+            torch.testing.assert_close(model(**full).logits, expected[:1])
+    assert fused[0].blocks and fused[0].leaves is None

@@ -138,6 +138,9 @@ class Fusing:
     def _only_leaves(self, inputs: dict[str, Any], which: str, expected: Any) -> bool:
         """Whether nothing else of a row than its first or last token matters behind the last block: noise in the place of all others changes no bit of the output."""
         last = self.blocks.get(self.calls[-1])
+        mask = inputs.get("attention_mask")
+        if mask is not None and int(mask.sum(1).min()) < 2:  # rows of one token show nothing
+            return False
         if last is None or last.query.modules == last.key_value.modules or (which == "first" and last.call.causal):
             return False
         self.noise = which
