@@ -134,3 +134,17 @@ def test_a_row_without_a_text_is_named_and_what_was_done_is_kept(plain: Path, tm
 def test_one_text_is_not_taken_for_many(plain: Path) -> None:
     with pytest.raises(UserError, match="brackets"):
         luthier.load(plain).embed("red boat")  # type: ignore[union-attr]
+
+
+def test_long_texts_are_cut_as_the_tokenizer_cuts_them(plain: Path) -> None:
+    """Beside short ones, and counted."""
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "boat", "the", "old"]
+    (plain / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizerFast(str(plain / "vocab.txt")).save_pretrained(plain)  # one that gives token types
+    encoder = Encoder.open(plain, precision="fp32")
+    encoder.max_length = 8
+    found = encoder.embed(["red boat " * 20, "boat"])
+    np.testing.assert_allclose(found[0], encoder.embed(["red boat " * 3])[0], atol=1e-6)
+    assert encoder.truncated == 2

@@ -17,6 +17,7 @@ from luthier.data.columns import Column
 from luthier.data.rows import Row, Rows
 from luthier.errors import UserError, did_you_mean
 
+READ = ("input_ids", "attention_mask", "token_type_ids")  # of what a tokenizer gives
 SMALLER_IS_BETTER = ("mae", "perplexity", "bits_per_byte")
 
 
@@ -219,7 +220,7 @@ def encode_texts(tokenizer: Any, text: str, pair: str | None, max_length: int) -
     length = len(whole["input_ids"])
     if length > max_length:
         whole = tokenizer(text, pair, truncation="longest_first" if pair is not None else True, max_length=max_length, verbose=False)
-    inputs = {name: list(values) for name, values in whole.items() if name in ("input_ids", "attention_mask", "token_type_ids")}
+    inputs = {name: list(values) for name, values in whole.items() if name in READ}
     inputs.setdefault("attention_mask", [1] * len(inputs["input_ids"]))
     return inputs, length - len(inputs["input_ids"])
 

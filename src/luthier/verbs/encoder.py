@@ -15,7 +15,7 @@ from luthier import compute, machine
 from luthier.data.batch import Batch
 from luthier.errors import UserError
 from luthier.pretrained import Pretrained
-from luthier.tasks.base import Features, as_floats, padded
+from luthier.tasks.base import READ, Features, as_floats, padded
 from luthier.tasks.sentence_similarity import SentenceSimilarity
 from luthier.training.evaluation import by_length
 from luthier.verbs.job import usual
@@ -86,11 +86,14 @@ class Encoder:
             if not isinstance(text, str):
                 raise UserError(f"Text {number + 1} is {text!r}, not a string.")
         prefix = self.task.prefix(part)
-        given = self.tokenizer([prefix + text for text in texts], truncation=False, verbose=False)["input_ids"] if texts else []
+        given = self.tokenizer([prefix + text for text in texts], truncation=False, verbose=False) if texts else {"input_ids": []}
         found = []
-        for text, ids in zip(texts, given, strict=True):
-            # what the tokenizer ends a text with stays, so that a long one is cut by the tokenizer itself
-            found.append(self.task.encode_text(text, part, self.tokenizer, self.max_length) if len(ids) > self.max_length else Features({"input_ids": ids, "attention_mask": [1] * len(ids)}))
+        for i, text in enumerate(texts):
+            if len(given["input_ids"][i]) > self.max_length:  # cut by the tokenizer itself, so that what it ends a text with stays
+                found.append(self.task.encode_text(text, part, self.tokenizer, self.max_length))
+                continue
+            inputs = {name: given[name][i] for name in READ if name in given}
+            found.append(Features({**inputs, "attention_mask": [1] * len(inputs["input_ids"])}))
         self.truncated += sum(f.truncated > 0 for f in found)
         return found
 
