@@ -21,7 +21,7 @@ RATES = {"lora": 3e-3, "full": 1e-4}  # of both sides: luthier's defaults at thi
 
 
 def luthier(method: str, data: str, model: str, steps: int | None, seed: int) -> dict[str, Any]:
-    """As the command line does it, with nothing else given."""
+    """As the command line does it with these settings; the precision is luthier's own choice."""
     import luthier
     from luthier.verbs.console import Console
 
@@ -35,7 +35,7 @@ def luthier(method: str, data: str, model: str, steps: int | None, seed: int) ->
     with tempfile.TemporaryDirectory() as folder:
         run = luthier.adapt(model, data, method=method, batch_size=BATCH, max_length=LENGTH, lr=RATES[method], seed=seed, epochs=1, max_steps=steps, baselines=False, out=f"{folder}/run", console=Watch(quiet=True))
         record = run.record.content
-    return {"ends": times, "precision": record["training"]["precision"], "accuracy": record["metrics"]["accuracy"]["value"], "device": "cpu"}
+    return {"ends": times, "precision": record["training"]["precision"], "accuracy": record["metrics"]["accuracy"]["value"]}
 
 
 def trainer(method: str, data: str, model: str, steps: int | None, seed: int, precision: str, grouping: bool) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def trainer(method: str, data: str, model: str, steps: int | None, seed: int, pr
         fitted.train()
         found = fitted.predict(rows["validation"])
     accuracy = float((found.predictions.argmax(-1) == found.label_ids).mean())
-    return {"ends": times, "precision": precision, "accuracy": accuracy, "device": "cpu"}
+    return {"ends": times, "precision": precision, "accuracy": accuracy}
 
 
 def main() -> None:

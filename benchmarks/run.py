@@ -1,10 +1,10 @@
 """luthier against what a user would take instead, on this machine: python benchmarks/run.py speed|accuracy|report
 
-    speed     100 steps of each arm after 20 to warm up, in turns, three rounds (about 15 minutes of two quiet cores)
+    speed     100 steps of each arm after 20 to warm up, in turns, three rounds (a quarter of an hour for each method on two quiet cores)
     accuracy  one pass of luthier and of the peer's fastest setting, three seeds
     report    write docs/benchmarks.md and its picture from what is there
 
-Every measurement is one line of benchmarks/results.jsonl, with the machine it was taken on. It can be stopped and started again.
+Every measurement is one line of benchmarks/results.jsonl, with the machine it was taken on. What this machine has measured already is not measured again.
 LUTHIER_SHARED names the folder of the data (default ../shared). `--method lora|full` takes one of the two.
 """
 
@@ -52,6 +52,8 @@ def measure(arm: str, **given: Any) -> dict[str, Any] | None:
 def speed(method: str, inputs: dict[str, str], about: dict[str, Any]) -> None:
     for turn in range(ROUNDS):
         for arm in ARMS:
+            if there("speed", method, arm, "turn", turn, about):
+                continue
             found = measure(arm, method=method, steps=WARM_UP + STEPS, seed=turn, **inputs)
             if found:
                 ends = found["ends"]
@@ -67,6 +69,8 @@ def accuracy(method: str, inputs: dict[str, str], about: dict[str, Any]) -> None
     best = max(PEERS, key=lambda arm: sum(rates.get(arm, [0])) / max(1, len(rates.get(arm, []))))
     for seed in range(SEEDS):
         for arm in ("luthier", best):
+            if there("accuracy", method, arm, "seed", seed, about):
+                continue
             found = measure(arm, method=method, steps=None, seed=seed, **inputs)
             if found:
                 keep({"what": "accuracy", "method": method, "arm": arm, "seed": seed, "accuracy": found["accuracy"], "peak_mb": found["peak_mb"], "precision": found["precision"], "machine": about})
@@ -74,6 +78,10 @@ def accuracy(method: str, inputs: dict[str, str], about: dict[str, Any]) -> None
 
 def results() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+
+
+def there(what: str, method: str, arm: str, count: str, number: int, about: dict[str, Any]) -> bool:
+    return any((e["what"], e["method"], e["arm"], e[count], e["machine"]["machine"]) == (what, method, arm, number, about["machine"]) for e in results() if e["what"] == what)
 
 
 def keep(entry: dict[str, Any]) -> None:

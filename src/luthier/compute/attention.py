@@ -205,7 +205,7 @@ def pooled(query: Tensor, key_value: Tensor, packing: Packing, call: Call) -> Te
     dropout = call.dropout if call.module.training else 0.0
     found, row = [], 0
     for first, rows, length in packing.groups:
-        dtype = torch.float32 if query.dtype == torch.bfloat16 and length <= SHORT else query.dtype
+        dtype = _type(query, length)
         q = query[row : row + rows].to(dtype).view(rows, call.heads, 1, -1)
         k, v = key_value[first : first + rows * length].to(dtype).view(rows, length, 2, call.heads, -1).permute(2, 0, 3, 1, 4)
         found.append(plain(q, k, v, None, call.scale, dropout).reshape(rows, -1))
@@ -218,16 +218,20 @@ def _end(groups: tuple[tuple[int, int, int], ...]) -> int:
     return first + rows * length
 
 
+def _type(x: Tensor, length: int) -> torch.dtype:
+    """In which attention of this length is computed."""
+    return torch.float32 if x.dtype == torch.bfloat16 and length <= SHORT else x.dtype
+
+
 def _across(length: int) -> bool:
     """Whether keys come before queries: torch's softmax is faster across rows than along short ones that fill no vector register."""
     return length <= SHORT and length % 16 != 0
 
 
 def _apart(x: Tensor, rows: int, length: int, parts: int, heads: int) -> Tensor:
-    """(rows * length, parts * heads * k) -> (parts, rows * heads, length, k), in the type in which attention of this length is computed."""
+    """(rows * length, parts * heads * k) -> (parts, rows * heads, length, k), in the type of `_type`."""
     width = x.shape[1] // (parts * heads)
-    dtype = torch.float32 if x.dtype == torch.bfloat16 and length <= SHORT else x.dtype
-    found = torch.empty(parts, rows, heads, length, width, dtype=dtype, device=x.device)
+    found = torch.empty(parts, rows, heads, length, width, dtype=_type(x, length), device=x.device)
     return found.copy_(x.view(rows, length, parts, heads, width).permute(2, 0, 3, 1, 4)).view(parts, rows * heads, length, width)
 
 
