@@ -19,11 +19,9 @@ from transformers.integrations.sdpa_attention import create_position_bias_mask, 
 from transformers.masking_utils import sdpa_mask
 
 from luthier.compute.dropout import multipliers
-from luthier.compute.packing import Packing
 
 NAME = "luthier"
 HARMLESS = ("position_ids", "cache_position", "use_cache")  # arguments of a model that reach its attention and change nothing there
-SHORT = 64  # tokens; rows up to here are attended in float32 whatever the products' type: torch's softmax is slower in bf16
 LONGEST = 384  # keys; beyond it torch's own route, which never holds all weights at once, is faster in bf16
 
 
@@ -143,103 +141,6 @@ class _Attention(torch.autograd.Function):
         d_key = torch.bmm(d_scores.transpose(1, 2), q) if wants[1] else None
         split = (None if d is None else d.view(*ctx.shape, *d.shape[1:]) for d in (d_query, d_key, d_value))
         return *split, d_bias, None, None
-
-
-def packed(qkv: Tensor, packing: Packing, call: Call) -> Tensor:
-    """(N, 3 d) -> (N, d): each row attends to itself; queries, keys and values lie side by side."""
-    return _Packed.apply(qkv, packing.groups, call, call.dropout if call.module.training else 0.0)  # type: ignore[no-any-return]
-
-
-class _Packed(torch.autograd.Function):
-    @staticmethod
-    @custom_fwd(device_type="cpu")
-    def forward(ctx: Any, qkv: Tensor, groups: tuple[tuple[int, int, int], ...], call: Call, dropout: float) -> Tensor:
-        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        out[_end(groups) :] = 0  # spare tokens
-        saved: list[Tensor | None] = []
-        for first, rows, length in groups:
-            here = slice(first, first + rows * length)
-            q, k, v = three = _apart(qkv[here], rows, length, 3, call.heads)
-            across = _across(length)
-            scores = torch.bmm(k, q.transpose(1, 2)) if across else torch.bmm(q, k.transpose(1, 2))
-            scores.mul_(call.scale)
-            if call.causal:
-                later = torch.ones(length, length, dtype=torch.bool, device=qkv.device).triu(1)
-                scores.masked_fill_(later.T if across else later, torch.finfo(scores.dtype).min)
-            weights = torch.softmax(scores, 1 if across else 2)
-            factors = multipliers(weights, dropout) if dropout else None
-            used = weights if factors is None else torch.mul(weights, factors, out=scores)
-            _together(torch.bmm(used.transpose(1, 2) if across else used, v)[None], out[here], rows)
-            saved += [three, weights, factors]
-        ctx.save_for_backward(*saved)
-        ctx.groups, ctx.call = groups, call
-        return out
-
-    @staticmethod
-    @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        heads, scale = ctx.call.heads, ctx.call.scale
-        out = gradient.new_empty(len(gradient), 3 * gradient.shape[1])
-        out[_end(ctx.groups) :] = 0
-        saved = ctx.saved_tensors
-        for number, (first, rows, length) in enumerate(ctx.groups):
-            here = slice(first, first + rows * length)
-            (q, k, v), weights, factors = saved[3 * number : 3 * number + 3]
-            (g,) = _apart(gradient[here], rows, length, 1, heads)
-            across = _across(length)
-            found = torch.empty(3, *g.shape, dtype=g.dtype, device=g.device)
-            used = weights if factors is None else weights * factors
-            torch.bmm(used if across else used.transpose(1, 2), g, out=found[2])
-            d_weights = torch.bmm(v, g.transpose(1, 2)) if across else torch.bmm(g, v.transpose(1, 2))
-            if factors is not None:
-                d_weights.mul_(factors)
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, 1 if across else 2, weights.dtype).mul_(scale)
-            torch.bmm(d_scores.transpose(1, 2) if across else d_scores, k, out=found[0])
-            torch.bmm(d_scores if across else d_scores.transpose(1, 2), q, out=found[1])
-            _together(found, out[here], rows)
-        return out, None, None, None
-
-
-def pooled(query: Tensor, key_value: Tensor, packing: Packing, call: Call) -> Tensor:
-    """query (B, d) of one token of each packed row, key_value (N, 2 d) -> (B, d): what that token sees, which is all of its row."""
-    dropout = call.dropout if call.module.training else 0.0
-    found, row = [], 0
-    for first, rows, length in packing.groups:
-        dtype = _type(query, length)
-        q = query[row : row + rows].to(dtype).view(rows, call.heads, 1, -1)
-        k, v = key_value[first : first + rows * length].to(dtype).view(rows, length, 2, call.heads, -1).permute(2, 0, 3, 1, 4)
-        found.append(plain(q, k, v, None, call.scale, dropout).reshape(rows, -1))
-        row += rows
-    return torch.cat(found).to(query.dtype)
-
-
-def _end(groups: tuple[tuple[int, int, int], ...]) -> int:
-    first, rows, length = groups[-1]
-    return first + rows * length
-
-
-def _type(x: Tensor, length: int) -> torch.dtype:
-    """In which attention of this length is computed."""
-    return torch.float32 if x.dtype == torch.bfloat16 and length <= SHORT else x.dtype
-
-
-def _across(length: int) -> bool:
-    """Whether keys come before queries: torch's softmax is faster across rows than along short ones that fill no vector register."""
-    return length <= SHORT and length % 16 != 0
-
-
-def _apart(x: Tensor, rows: int, length: int, parts: int, heads: int) -> Tensor:
-    """(rows * length, parts * heads * k) -> (parts, rows * heads, length, k), in the type of `_type`."""
-    width = x.shape[1] // (parts * heads)
-    found = torch.empty(parts, rows, heads, length, width, dtype=_type(x, length), device=x.device)
-    return found.copy_(x.view(rows, length, parts, heads, width).permute(2, 0, 3, 1, 4)).view(parts, rows * heads, length, width)
-
-
-def _together(x: Tensor, out: Tensor, rows: int) -> None:
-    """The reverse of `_apart`, into `out`."""
-    parts, all_heads, length, width = x.shape
-    heads = all_heads // rows
-    out.view(rows, length, parts, heads, width).copy_(x.view(parts, rows, heads, length, width).permute(1, 3, 0, 2, 4))
 
 
 AttentionInterface.register(NAME, attention)

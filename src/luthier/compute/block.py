@@ -7,87 +7,101 @@ result is the same is tried on the same pass before it is relied on. What cannot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from luthier.anatomy import Block
 from luthier.anatomy.structure import is_norm
-from luthier.compute.attention import Call, packed, pooled
-from luthier.compute.dropout import multipliers
+from luthier.compute.attention import Call
+from luthier.compute.packed_attention import PackedAttention
 from luthier.compute.packing import Packing
+from luthier.compute.pieces import local
 from luthier.compute.products import Linear
+from luthier.compute.tape import Piece, Tape
 from luthier.methods.changes import Changed, stock_class
 
 Step = nn.Module | Call
 
 
-@dataclass(frozen=True)
 class Sublayer:
-    """x + core(x), with what stands around the core.
+    """x + core(x), then perhaps a norm of the sum."""
 
-    before  a norm of what the core reads, or None
-    after   modules between the core and the sum: dropout, a learnt scale
-    norm    a norm of the sum, or None
-    """
+    def __init__(self, core: Sequence[Piece], norm: Piece | None):
+        self.core, self.norm = core, norm
 
-    before: nn.Module | None
-    after: tuple[nn.Module, ...]
-    norm: nn.Module | None
+    @property
+    def pieces(self) -> list[Piece]:
+        return [*self.core, *([self.norm] if self.norm else [])]
 
-    def leave(self, residual: Tensor, y: Tensor) -> Tensor:
-        for module in self.after:
-            if type(module) is not nn.Dropout:
-                y = module(y)
-            elif module.training and module.p:
-                y = _Scaled.apply(y, multipliers(y, module.p))
-        total = residual + y
-        return total if self.norm is None else self.norm(total)
+    def forward(self, x: Tensor, tape: Tape, tokens: Tensor | None = None) -> Tensor:
+        """tokens: which ones of x the core answers for; None: all"""
+        y = x
+        for piece in self.core:
+            y = tape.run(piece, y)
+        total = (x if tokens is None else x[tokens]) + y
+        return total if self.norm is None else tape.run(self.norm, total)  # type: ignore[no-any-return]
+
+    def backward(self, d: Tensor, tape: Tape, tokens: Tensor | None = None) -> Tensor | None:
+        """The gradient of x, or None where it is not wanted."""
+        if self.norm is not None:
+            d = tape.back(self.norm, d)
+        d_x: Tensor | None = d
+        for piece in reversed(self.core):
+            if d_x is not None:
+                d_x = tape.back(piece, d_x)
+        if d_x is None:
+            return None
+        return d + d_x if tokens is None else d_x.to(d.dtype, copy=True).index_add_(0, tokens, d)
 
 
 class FusedBlock:
-    """What a block computes, on packed rows (N, d)."""
+    """What a block computes, on packed rows (N, d), with its gradient."""
 
-    def __init__(self, attention: Sublayer, mlp: Sublayer, call: Call, qkv: Linear, output: Linear, up: Linear, activation: nn.Module, down: Linear):
-        self.attention, self.mlp, self.call = attention, mlp, call
-        self.qkv, self.output, self.up, self.activation, self.down = qkv, output, up, activation, down
-        self.query, self.key_value = qkv.apart(1)
+    def __init__(self, attention: Sublayer, mlp: Sublayer, causal: bool):
+        self.attention, self.mlp, self.causal = attention, mlp, causal
+        self.pieces = [*attention.pieces, *mlp.pieces]
 
-    def pooled(self, x: Tensor, packing: Packing, tokens: Tensor) -> Tensor:
-        """(B, d): the block's answer for one token of each row, all that leaves it. `tokens`: which (B,)."""
-        read = x if self.attention.before is None else self.attention.before(x)
-        seen = pooled(self.query(read[tokens]), self.key_value(read), packing, self.call)
-        return self._mlp(self.attention.leave(x[tokens], self.output(seen)))
+    def __call__(self, x: Tensor, packing: Packing, tokens: Tensor | None = None) -> Tensor:
+        """(N, d), or (B, d) where only `tokens`, one of each row (B,), leave the block."""
+        inputs = [piece.tensors() for piece in self.pieces]
+        flat = [x for own in inputs for x in own]
+        learns = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *flat))
+        tape = Tape(self.pieces, inputs, packing, tokens, learns and x.requires_grad, learns)
+        return _Pass.apply(self, tape, x, *flat) if learns else self.forward(x, tape)  # type: ignore[no-any-return]
 
-    def __call__(self, x: Tensor, packing: Packing) -> Tensor:
-        read = x if self.attention.before is None else self.attention.before(x)
-        seen = packed(self.qkv(read), packing, self.call)
-        return self._mlp(self.attention.leave(x, self.output(seen)))
+    def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        return self.mlp.forward(self.attention.forward(x, tape, tape.tokens), tape)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        read = x if self.mlp.before is None else self.mlp.before(x)
-        return self.mlp.leave(x, self.down(self.activation(self.up(read))))
+    def backward(self, d: Tensor, tape: Tape) -> Tensor | None:
+        d_x = self.mlp.backward(d, tape)
+        return None if d_x is None else self.attention.backward(d_x, tape, tape.tokens)
 
 
-class _Scaled(torch.autograd.Function):
-    """y * factors in the memory of y, which nothing else reads."""
+class _Pass(torch.autograd.Function):
+    """A block's pass as one step of autograd's, which gives it the tensors that learn and takes their gradients."""
 
     @staticmethod
     @custom_fwd(device_type="cpu")
-    def forward(ctx: Any, y: Tensor, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(factors)
-        ctx.mark_dirty(y)
-        return y.mul_(factors)
+    def forward(ctx: Any, block: FusedBlock, tape: Tape, x: Tensor, *inputs: Tensor | None) -> Tensor:
+        y = block.forward(x, tape)
+        ctx.save_for_backward(*inputs, *tape.kept)
+        ctx.block, ctx.tape, ctx.type = block, tape, x.dtype
+        tape.release()
+        return y
 
     @staticmethod
+    @once_differentiable
     @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (factors,) = ctx.saved_tensors
-        return gradient * factors, None
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        tape = ctx.tape
+        tape.resume(ctx.saved_tensors)
+        d_x = ctx.block.backward(d, tape)
+        return None, None, None if d_x is None else d_x.to(ctx.type), *tape.collect()
 
 
 def read(block: Block, steps: Sequence[Step], dtype: torch.dtype | None, learning: bool) -> FusedBlock | None:
@@ -135,12 +149,13 @@ def read(block: Block, steps: Sequence[Step], dtype: torch.dtype | None, learnin
     if left or (before is None) == (last is None) or between is None:
         return None
 
-    def linear(modules: Sequence[nn.Module]) -> Linear:
-        return Linear(modules, dtype, learning)
+    def pieces(*modules: nn.Module | None) -> list[Piece]:
+        return [local(module) for module in modules if module is not None]
 
-    attention = Sublayer(before, attention_after, between if before is None else None)
-    mlp = Sublayer(between if before is not None else None, mlp_after, last)
-    return FusedBlock(attention, mlp, call, linear(qkv), linear([output]), linear([up]), activation, linear([down]))  # type: ignore[arg-type]
+    first = [*pieces(before), Linear(qkv, dtype, learning), PackedAttention(call), Linear([output], dtype, learning), *pieces(*attention_after)]  # type: ignore[arg-type]
+    second = [*pieces(between if before is not None else None), Linear([up], dtype, learning), *pieces(activation), Linear([down], dtype, learning), *pieces(*mlp_after)]  # type: ignore[arg-type]
+    norms = [local(between), local(last)] if before is None else [None, None]  # type: ignore[arg-type]
+    return FusedBlock(Sublayer(first, norms[0]), Sublayer(second, norms[1]), call.causal)  # type: ignore[union-attr]
 
 
 def _scales(step: Step) -> bool:

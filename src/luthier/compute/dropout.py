@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,8 +25,17 @@ def multipliers(like: Tensor, p: float) -> Tensor:
     dropped = min(max(round(p * LEVELS), 0), LEVELS)
     if dropped == LEVELS:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    kept = bits.view(torch.int16)[:count] >= dropped - LEVELS // 2
-    return kept.to(like.dtype).mul_(LEVELS / (LEVELS - dropped)).view(like.shape)
+    numbers = bits.view(torch.int16)[:count].view(like.shape)
+    kept = numbers.ge_(dropped - LEVELS // 2)  # 0 or 1 in place: torch compares numbers into numbers several times as fast as into bools
+    factor = LEVELS / (LEVELS - dropped)
+    if like.dtype.itemsize == 2:  # the factor's own bits, or none
+        return kept.mul_(_bits(factor, like.dtype)).view(like.dtype)
+    return kept.to(like.dtype).mul_(factor)
+
+
+@functools.cache
+def _bits(x: float, dtype: torch.dtype) -> int:
+    return int(torch.tensor(x, dtype=dtype).view(torch.int16))
 
 
 class _Dropout(torch.autograd.Function):

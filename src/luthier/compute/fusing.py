@@ -141,7 +141,7 @@ class Fusing:
         mask = inputs.get("attention_mask")
         if mask is not None and int(mask.sum(1).min()) < 2:  # rows of one token show nothing
             return False
-        if last is None or last.query.modules == last.key_value.modules or (which == "first" and last.call.causal):
+        if last is None or (which == "first" and last.causal):
             return False
         self.noise = which
         try:
@@ -194,7 +194,7 @@ class Fusing:
         with torch.autocast("cpu", enabled=False):
             if ends and self.leaves:
                 tokens = self.packing.ends(self.leaves == "last")
-                return self.packing.unpack(self.blocks[module].pooled(x, self.packing, tokens), tokens)
+                return self.packing.unpack(self.blocks[module](x, self.packing, tokens), tokens)
             x = self.blocks[module](x, self.packing)
         if ends and self.noise:
             tokens = self.packing.ends(self.noise == "last")

@@ -3,50 +3,98 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import custom_bwd, custom_fwd
 
-from luthier.methods.changes import Changed, site_weight
+from luthier.compute.tape import Piece, Tape, Tensors, Wants
+from luthier.methods.changes import Change, Changed, site_weight
+
+ROWS = 512  # for which a weight is laid out: the rows that it meets first would make a run depend on how it was cut
+_mkldnn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
 
 
-class Linear:
-    """x (N, in) -> (N, out): the outputs of `modules`, which read the same input, side by side.
+class Linear(Piece):
+    """x (N, in) -> (N, out) = x @ weight^T + bias + (x @ down^T) @ up^T: the outputs of `modules`, which read the same input, side by side.
 
-    dtype     of the products; None: that of x
+    down (R, in) and up (out, R) are those of all low-rank changes together.
+
+    dtype     of the products; None: that of the model
     learning  whether what is open for training changes from one call to the next
     """
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None, learning: bool):
-        self.modules, self.dtype, self.learning = list(modules), dtype, learning
+        self.modules = list(modules)
+        self.dtype = dtype or next(modules[0].parameters()).dtype
         self.sizes = [len(site_weight(module, None)) for module in self.modules]
         own = [p for module in self.modules for p in (module.weight, module.bias) if p is not None]
         whole = [p for _, change in self._changes() if not change.is_low_rank for p in change.parameters()]
         self.changing = learning and any(p.requires_grad for p in (*own, *whole))  # type: ignore[union-attr]
         self.kept: tuple[Tensor, Tensor | None] | None = None
+        self.laid_out: dict[str, Tensor] | None = {} if not self.changing and self.dtype == torch.bfloat16 and _mkldnn else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        dtype = self.dtype or x.dtype
+    def tensors(self) -> Tensors:
+        """weight (out, in) and bias (out) in the type of the products, then of each low-rank change its factors a (r, in) and b (some rows, r)."""
         if self.kept is None and not self.changing:
             with torch.inference_mode(False), torch.no_grad():
-                self.kept = self._weights(dtype)
-        weight, bias = self.kept or self._weights(dtype)
-        down, up = self._factors(dtype)
-        return _Product.apply(x, weight, bias, down, up)  # type: ignore[no-any-return]
+                self.kept = self._weights()
+        self.places: list[tuple[int, float]] = []  # of each low-rank change, where its rows start, and its scale
+        factors: list[Tensor] = []
+        for start, change in self._changes():
+            if change.is_low_rank:
+                a, b, scale = change.method.factors(change)  # type: ignore[misc]
+                self.places.append((start, scale))
+                factors += a, b
+        return *(self.kept or self._weights()), *factors
 
-    def apart(self, count: int) -> tuple[Linear, Linear]:
-        """The first `count` modules and the others, each for itself; both all of them where they cannot be parted."""
-        first, others = self.modules[:count], self.modules[count:]
-        return Linear(first, self.dtype, self.learning), Linear(others or first, self.dtype, self.learning)
+    def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
+        weight, bias, *factors = tensors
+        assert weight is not None
+        read = x.to(self.dtype)
+        down, up = self._joined(factors)
+        if self.laid_out is not None:
+            y = self._by_layout("forward", read, weight, bias)
+        else:
+            y = nn.functional.linear(read, weight, bias)
+        low = None
+        if down is not None and up is not None:
+            low = read @ down.T
+            y.addmm_(low, up.T)
+        of_factors = any(wants[3:])
+        tape.keep(read if wants[1] or of_factors else None, low if of_factors else None, down, up)
+        return y
 
-    def _changes(self) -> list[tuple[int, Any]]:
+    def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
+        read, low, down, up = kept
+        weight, _, *factors = tensors
+        assert weight is not None
+        of_x, of_weight, of_bias, *of_factors = wants
+        d = d.to(self.dtype)
+        d_low = d @ up if up is not None and (of_x or any(of_factors)) else None
+        d_x = None
+        if of_x:
+            d_x = d @ weight if self.laid_out is None else self._by_layout("backward", d, weight.T, None)
+            if d_low is not None and down is not None:
+                d_x.addmm_(d_low, down)
+        d_weight = d.T @ read if of_weight and read is not None else None
+        d_factors: Sequence[Tensor | None] = [None] * len(factors)
+        if any(of_factors) and d_low is not None and low is not None and read is not None:
+            d_factors = self._apart(d_low.T @ read, d.T @ low, factors)
+        return d_x, (d_weight, d.sum(0) if of_bias else None, *d_factors)
+
+    def _by_layout(self, direction: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ weight^T + bias with the weight as oneDNN's kernels want it, which they otherwise bring about in every product: a tenth to a quarter of its time."""
+        assert self.laid_out is not None and _mkldnn is not None
+        if direction not in self.laid_out:
+            self.laid_out[direction] = _mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+        return _mkldnn._linear_pointwise.default(x, self.laid_out[direction], bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def _changes(self) -> list[tuple[int, Change]]:
         """(first row among all outputs, change)"""
         starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
         return [(start + (change.rows.start if change.rows else 0), change) for start, module in zip(starts, self.modules, strict=True) if isinstance(module, Changed) for change in module.changes()]
 
-    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
         weights = []
         for module in self.modules:
             weight = site_weight(module, None)
@@ -55,60 +103,36 @@ class Linear:
                     rows = change.rows or slice(0, len(weight))
                     changed = change.method.effective(weight[rows], change.cast(weight))
                     weight = torch.cat([weight[: rows.start], changed, weight[rows.stop :]]) if change.rows else changed
-            weights.append(weight.to(dtype))
+            weights.append(weight.to(self.dtype))
         biases = [module.bias for module in self.modules]
         if all(bias is None for bias in biases):
             bias = None
         else:
-            bias = _joined([weight.new_zeros(len(weight)) if bias is None else bias.to(dtype) for weight, bias in zip(weights, biases, strict=True)])  # type: ignore[union-attr]
-        return _joined(weights), bias
+            bias = _cat([weight.new_zeros(len(weight)) if bias is None else bias.to(self.dtype) for weight, bias in zip(weights, biases, strict=True)])  # type: ignore[union-attr]
+        return _cat(weights), bias
 
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """(R, in) and (out, R) of all low-rank changes together: x @ down^T @ up^T is their sum."""
-        found = [(start, *change.method.factors(change)) for start, change in self._changes() if change.is_low_rank]
-        if not found:
+    def _joined(self, factors: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        """`down` and `up` from the factors of each change"""
+        if not factors:
             return None, None
-        total = sum(self.sizes)
-        exact = torch.promote_types(dtype, torch.float32)
-        columns = [nn.functional.pad(b.to(exact) * scale, (0, 0, start, total - start - len(b))) for start, _, b, scale in found]
-        return _joined([a for _, a, _, _ in found]).to(dtype), torch.cat(columns, dim=1).to(dtype)
+        downs = [a for a in factors[::2] if a is not None]
+        down = torch.cat(downs).to(self.dtype)
+        up, at = torch.zeros(sum(self.sizes), len(down), dtype=self.dtype), 0
+        for a, b, (start, scale) in zip(downs, factors[1::2], self.places, strict=True):
+            assert b is not None
+            up[start : start + len(b), at : at + len(a)] = b.to(torch.promote_types(self.dtype, torch.float32)) * scale
+            at += len(a)
+        return down, up
+
+    def _apart(self, d_down: Tensor, d_up: Tensor, factors: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of the factors of each change, from those of `down` and `up`"""
+        found, at = [], 0
+        for a, b, (start, scale) in zip(factors[::2], factors[1::2], self.places, strict=True):
+            assert a is not None and b is not None
+            found += [d_down[at : at + len(a)].to(a.dtype), d_up[start : start + len(b), at : at + len(a)].to(b.dtype) * scale]
+            at += len(a)
+        return found
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
+def _cat(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-class _Product(torch.autograd.Function):
-    """x @ weight^T + bias + (x @ down^T) @ up^T in the type of `weight`; only what learns gets a gradient product."""
-
-    @staticmethod
-    @custom_fwd(device_type="cpu")
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None) -> Tensor:
-        read = x.to(weight.dtype)
-        y = nn.functional.linear(read, weight, bias)
-        low = None
-        if down is not None and up is not None:
-            low = nn.functional.linear(read, down)
-            y.addmm_(low, up.T)
-        wants = ctx.needs_input_grad
-        ctx.save_for_backward(read if wants[1] or wants[3] else None, weight if wants[0] else None, low if wants[4] else None, down if wants[0] else None, up)
-        ctx.type = x.dtype
-        return y
-
-    @staticmethod
-    @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        read, weight, low, down, up = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        d_low = gradient @ up if wants[3] or (wants[0] and down is not None) else None
-        d_x = None
-        if wants[0]:
-            d_x = gradient @ weight
-            if d_low is not None:
-                d_x.addmm_(d_low, down)
-            d_x = d_x.to(ctx.type)
-        d_weight = gradient.T @ read if wants[1] else None
-        d_bias = gradient.sum(0) if wants[2] else None
-        d_down = d_low.T @ read if wants[3] else None  # type: ignore[union-attr]
-        d_up = gradient.T @ low if wants[4] else None
-        return d_x, d_weight, d_bias, d_down, d_up

@@ -24,15 +24,16 @@ _LAZY = {
     "free_disk": "resources",
     "memory": "resources",
     "resident": "resources",
+    "trim": "resources",
 }
 
-__all__ = ["Answer", "Memory", "Trial", "ceiling", "choose_device", "choose_precision", "cpus", "describe", "ensure", "free_disk", "known", "memory", "pristine_environment", "resident"]
+__all__ = ["Answer", "Memory", "Trial", "ceiling", "choose_device", "choose_precision", "cpus", "describe", "ensure", "free_disk", "known", "memory", "pristine_environment", "resident", "trim"]
 
 if TYPE_CHECKING:
     from luthier.machine.answer import Answer, Trial, known
     from luthier.machine.precision import ceiling, choose_device, choose_precision
     from luthier.machine.probe import ensure
-    from luthier.machine.resources import Memory, cpus, describe, free_disk, memory, resident
+    from luthier.machine.resources import Memory, cpus, describe, free_disk, memory, resident, trim
     from luthier.machine.setting import pristine_environment
 
 

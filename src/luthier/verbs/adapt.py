@@ -129,6 +129,8 @@ def _run(job: Job, report: preflight.Report, folder: RunFolder, resume: bool, de
         task.companions(folder.partial, job.max_length)
         reloaded = loading.load(folder.partial, job.auto_class, task.configure, dtype=torch.float32).to(device)
         _check_reload(fitted.model, reloaded, probe, folder)
+        fitted.model.to("meta")  # its memory: the reloaded one is measured
+        machine.trim()
     metrics, outcomes, outputs = _measure(job, reloaded, device, console)
     task.picture(outputs, job.splits.test, folder.partial / "picture.png", before)
     folder.write_outcomes(job.splits.test.fingerprint, outcomes)

@@ -1,0 +1,75 @@
+"""Each piece of a block has the gradient of what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from luthier.compute.attention import Call
+from luthier.compute.block import FusedBlock, Sublayer
+from luthier.compute.packed_attention import PackedAttention
+from luthier.compute.packing import Packing
+from luthier.compute.pieces import Activation, Dropout, LayerNorm, Local, local
+from luthier.compute.tape import Piece
+
+PACKING = Packing.of(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]))
+assert PACKING
+
+
+def linear(width: int, out: int) -> nn.Linear:
+    """In whose output a piece may write, as behind every linear layer of a block."""
+    module = nn.Linear(width, out, dtype=torch.float64).requires_grad_(False)
+    rng = torch.Generator().manual_seed(2)
+    nn.init.normal_(module.weight, generator=rng)
+    return module
+
+
+def through(x: torch.Tensor, *pieces: Piece, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """2 (x + pieces(x)) of packed rows, with the same numbers drawn each time."""
+    torch.manual_seed(0)
+    return FusedBlock(Sublayer(pieces, None), Sublayer([local(nn.Identity())], None), causal=False)(x, PACKING, tokens)  # type: ignore[arg-type]
+
+
+def rows(width: int) -> torch.Tensor:
+    assert PACKING
+    return torch.randn(PACKING.tokens, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "name,kernel", [("gelu", True), ("gelu_new", True), ("gelu_pytorch_tanh", True), ("relu", True), ("silu", True), ("quick_gelu", False), ("tanh", False)]
+)
+def test_an_activation_is_known_by_what_it_computes(name: str, kernel: bool) -> None:
+    module, before, x = ACT2FN[name], linear(6, 6), rows(6)
+    piece = local(module)
+    assert type(piece) is (Activation if kernel else Local)
+    found, expected = through(x, local(before), piece), 2 * (x + module(before(x)))
+    torch.testing.assert_close(found, expected)
+    seed = torch.randn_like(found)
+    torch.testing.assert_close(torch.autograd.grad(found, x, seed), torch.autograd.grad(expected, x, seed))
+
+
+@pytest.mark.parametrize(
+    "module,kind", [(nn.LayerNorm(6), LayerNorm), (nn.LayerNorm(6, bias=False), LayerNorm), (nn.RMSNorm(6), Local), (nn.Dropout(0.4), Dropout)], ids=str
+)
+@pytest.mark.parametrize("learns", [True, False])
+def test_gradients_against_differences(module: nn.Module, kind: type[Piece], learns: bool) -> None:
+    piece = local(module.double().train().requires_grad_(learns))
+    assert type(piece) is kind
+    before = local(linear(6, 6))
+    assert torch.autograd.gradcheck(lambda x, *_: through(x, before, piece), (rows(6), *module.parameters()))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_attention_against_differences(pooled: bool, causal: bool) -> None:
+    piece = PackedAttention(Call(nn.Dropout().train(), heads=2, scale=0.7, dropout=0.3, causal=causal, plain=True))
+    assert PACKING
+    tokens = PACKING.ends(last=True) if pooled else None
+    project = local(linear(4, 12))
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        return through(x, project, piece, tokens=tokens)[: len(x) - PACKING.spare]  # type: ignore[union-attr]
+
+    assert torch.autograd.gradcheck(seen, (rows(4),))
