@@ -1,7 +1,8 @@
 """One measurement in a process of its own: `python benchmarks/arms.py '{"arm": "luthier", ...}'` prints one JSON object.
 
-Fields: arm (luthier | trainer), method (lora | full), data (a folder of train and validation rows with `text` and `label`), model,
+Training: arm (luthier | trainer), method (lora | full), data (a folder of train and validation rows with `text` and `label`), model,
 steps (None: one whole pass), seed; of trainer also precision (fp32 | bf16) and grouping (by length or not).
+Encoding: arm (luthier_encode | sentence_transformers), data (a JSON list of texts), model, precision.
 """
 
 from __future__ import annotations
@@ -70,9 +71,40 @@ def trainer(method: str, data: str, model: str, steps: int | None, seed: int, pr
     return {"ends": times, "precision": precision, "accuracy": accuracy}
 
 
+def luthier_encode(data: str, model: str, precision: str) -> dict[str, Any]:
+    import luthier
+
+    encoder = luthier.Encoder.open(model, precision=precision)
+    return _passes(lambda texts: encoder.embed(texts), data)
+
+
+def sentence_transformers(data: str, model: str, precision: str) -> dict[str, Any]:
+    """Its own `encode` as it comes, with mean pooling."""
+    import torch
+    from sentence_transformers import SentenceTransformer, models
+
+    trunk = models.Transformer(model)
+    encoder = SentenceTransformer(modules=[trunk, models.Pooling(trunk.get_word_embedding_dimension())], device="cpu")
+    if precision == "bf16":
+        encoder.to(torch.bfloat16)
+    return _passes(lambda texts: encoder.encode(texts, convert_to_tensor=True, show_progress_bar=False, normalize_embeddings=True).float().numpy(), data)
+
+
+def _passes(encode: Callable[[list[str]], Any], data: str) -> dict[str, Any]:
+    """Seconds of three passes over all texts after one to warm up, and the vectors of the first few."""
+    with open(data, encoding="utf-8") as stream:
+        texts = json.load(stream)
+    found, seconds = encode(texts), []
+    for _ in range(3):
+        started = time.perf_counter()
+        found = encode(texts)
+        seconds.append(time.perf_counter() - started)
+    return {"texts": len(texts), "seconds": seconds, "vectors": [[float(x) for x in row] for row in found[:20]]}
+
+
 def main() -> None:
     given = json.loads(sys.argv[1])
-    arm = {"luthier": luthier, "trainer": trainer}[given.pop("arm")]
+    arm = {"luthier": luthier, "trainer": trainer, "luthier_encode": luthier_encode, "sentence_transformers": sentence_transformers}[given.pop("arm")]
     with contextlib.redirect_stdout(sys.stderr):
         found = arm(**given)
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

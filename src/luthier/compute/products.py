@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from luthier import machine
 from luthier.compute.tape import Piece, Tape, Tensors, Wants
 from luthier.methods.changes import Change, Changed, site_weight
 
@@ -31,7 +32,9 @@ class Linear(Piece):
         whole = [p for _, change in self._changes() if not change.is_low_rank for p in change.parameters()]
         self.changing = learning and any(p.requires_grad for p in (*own, *whole))  # type: ignore[union-attr]
         self.kept: tuple[Tensor, Tensor | None] | None = None
-        self.laid_out: dict[str, Tensor] | None = {} if not self.changing and self.dtype == torch.bfloat16 and _mkldnn else None
+        # float32 by another library has other last bits, which a run that goes on elsewhere would notice
+        onednn = _mkldnn is not None and (self.dtype == torch.bfloat16 or (self.dtype == torch.float32 and not learning and machine.onednn_is_faster()))
+        self.laid_out: dict[str, Tensor] | None = {} if onednn and not self.changing else None
 
     def tensors(self) -> Tensors:
         """weight (out, in) and bias (out) in the type of the products, then of each low-rank change its factors a (r, in) and b (some rows, r)."""

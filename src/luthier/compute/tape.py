@@ -42,6 +42,7 @@ class Tape:
         self.packing, self.tokens, self.flows = packing, tokens, flows
         self.kept: list[Tensor | None] = []
         self.gradients: dict[Piece, Tensors] = {}
+        self._left: list[tuple[bool, int]] = []  # of `_marks`, on the way back
         self._marks: list[tuple[bool, int]] = []  # of each piece gone through: flows before it, len(kept) before it
 
     def run(self, piece: Piece, x: Any) -> Any:
@@ -63,8 +64,8 @@ class Tape:
         return d_x
 
     def release(self) -> None:
-        """Hand what is kept to autograd, which frees it when nobody can ask for it any more."""
-        self.kept, self.inputs = [], {}
+        """Let go of all tensors: autograd has them, and frees what is kept when nobody can ask for it any more."""
+        self.kept, self.inputs, self.gradients = [], {}, {}
 
     def resume(self, saved: Sequence[Tensor | None]) -> None:
         """Take it back: the inputs in their order, then what was kept."""
@@ -72,8 +73,8 @@ class Tape:
         for piece, wants in self.wants.items():
             self.inputs[piece] = tuple(left[: len(wants)])
             del left[: len(wants)]
-        self.kept, self.gradients, self._left = left, {}, list(self._marks)  # anew, should the same pass go backward twice
+        self.kept, self._left = left, list(self._marks)  # anew, should the same pass go backward twice
 
     def collect(self) -> list[Tensor | None]:
-        """The gradients of all inputs, in their order."""
+        """The gradients of all inputs, in their order. Autograd copies a gradient that somebody else still holds: see `release`."""
         return [x for piece, wants in self.wants.items() for x in self.gradients.get(piece, (None,) * len(wants))]

@@ -18,6 +18,7 @@ _LAZY = {
     "ceiling": "precision",
     "choose_device": "precision",
     "choose_precision": "precision",
+    "onednn_is_faster": "precision",
     "Memory": "resources",
     "cpus": "resources",
     "describe": "resources",
@@ -27,11 +28,11 @@ _LAZY = {
     "trim": "resources",
 }
 
-__all__ = ["Answer", "Memory", "Trial", "ceiling", "choose_device", "choose_precision", "cpus", "describe", "ensure", "free_disk", "known", "memory", "pristine_environment", "resident", "trim"]
+__all__ = ["Answer", "Memory", "Trial", "ceiling", "choose_device", "choose_precision", "cpus", "describe", "ensure", "free_disk", "known", "memory", "onednn_is_faster", "pristine_environment", "resident", "trim"]
 
 if TYPE_CHECKING:
     from luthier.machine.answer import Answer, Trial, known
-    from luthier.machine.precision import ceiling, choose_device, choose_precision
+    from luthier.machine.precision import ceiling, choose_device, choose_precision, onednn_is_faster
     from luthier.machine.probe import ensure
     from luthier.machine.resources import Memory, cpus, describe, free_disk, memory, resident, trim
     from luthier.machine.setting import pristine_environment

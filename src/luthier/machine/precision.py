@@ -67,6 +67,15 @@ def ceiling(precision: str, device: str) -> float:
     return answer.trials[setting][precision].flops.get("linear", UNMEASURED)
 
 
+def onednn_is_faster() -> bool:
+    """Whether oneDNN computes float32 products faster here than torch's usual library does, under all settings that may be in force."""
+    answer = known()
+    if answer is None:
+        return False
+    speeds = [answer.trials[setting]["fp32"].flops if setting in answer.trials else {} for setting in in_force()]
+    return all(found.get("onednn", 0) > FASTER * found.get("linear", UNMEASURED) for found in speeds)
+
+
 def _on_cpu() -> Verdict:
     """Of all settings that may be in force, the worst counts."""
     answer = ensure()
