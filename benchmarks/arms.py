@@ -1,7 +1,7 @@
 """One measurement in a process of its own: `python benchmarks/arms.py '{"arm": "luthier", ...}'` prints one JSON object.
 
-Training: arm (luthier | trainer), method (lora | full), data (a folder of train and validation rows with `text` and `label`), model,
-steps (None: one whole pass), seed; of trainer also precision (fp32 | bf16) and grouping (by length or not).
+Training: arm (luthier | trainer), method (a name in RATES), data (a folder of train and validation rows with `text` and `label`), model,
+epochs, steps (None: all of the epochs), seed; of trainer also precision (fp32 | bf16) and grouping (by length or not).
 Encoding: arm (luthier_encode | sentence_transformers), data (a JSON list of texts), model, precision.
 """
 
@@ -18,10 +18,11 @@ from typing import Any
 
 BATCH = 32
 LENGTH = 256
-RATES = {"lora": 3e-3, "full": 1e-4}  # of both sides: luthier's defaults at this size of model
+RATES = {"lora": 3e-3, "full": 1e-4, "head": 3e-3, "freeze(bottom=5)": 1e-4}  # of both sides: luthier's defaults at this size of model
+OPEN = {"head": ("pooler", "classifier"), "freeze(bottom=5)": ("encoder.layer.5", "pooler", "classifier")}  # what learns in them, by name
 
 
-def luthier(method: str, data: str, model: str, steps: int | None, seed: int) -> dict[str, Any]:
+def luthier(method: str, data: str, model: str, epochs: int, steps: int | None, seed: int) -> dict[str, Any]:
     """As the command line does it with these settings; the precision is luthier's own choice."""
     import luthier
     from luthier.verbs.console import Console
@@ -34,12 +35,12 @@ def luthier(method: str, data: str, model: str, steps: int | None, seed: int) ->
             yield (lambda count, text="": times.append(time.perf_counter())) if label == "training" else (lambda count, text="": None)
 
     with tempfile.TemporaryDirectory() as folder:
-        run = luthier.adapt(model, data, method=method, batch_size=BATCH, max_length=LENGTH, lr=RATES[method], seed=seed, epochs=1, max_steps=steps, baselines=False, out=f"{folder}/run", console=Watch(quiet=True))
+        run = luthier.adapt(model, data, method=method, batch_size=BATCH, max_length=LENGTH, lr=RATES[method], seed=seed, epochs=epochs, max_steps=steps, baselines=False, out=f"{folder}/run", console=Watch(quiet=True))
         record = run.record.content
-    return {"ends": times, "precision": record["training"]["precision"], "accuracy": record["metrics"]["accuracy"]["value"]}
+    return {"ends": times, "seconds": record["resources"]["seconds"], "precision": record["training"]["precision"], "accuracy": record["metrics"]["accuracy"]["value"]}
 
 
-def trainer(method: str, data: str, model: str, steps: int | None, seed: int, precision: str, grouping: bool) -> dict[str, Any]:
+def trainer(method: str, data: str, model: str, epochs: int, steps: int | None, seed: int, precision: str, grouping: bool) -> dict[str, Any]:
     """transformers' Trainer with peft, as its documentation shows it."""
     from datasets import load_dataset
     from peft import LoraConfig, get_peft_model
@@ -59,16 +60,19 @@ def trainer(method: str, data: str, model: str, steps: int | None, seed: int, pr
     net = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(labels))
     if method == "lora":
         net = get_peft_model(net, LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    elif method in OPEN:
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(any(part in name for part in OPEN[method]))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=BATCH, per_device_eval_batch_size=64, num_train_epochs=1, max_steps=steps or -1, learning_rate=RATES[method], warmup_steps=0.1, weight_decay=0.01,
+            folder, per_device_train_batch_size=BATCH, per_device_eval_batch_size=64, num_train_epochs=epochs, max_steps=steps or -1, learning_rate=RATES[method], warmup_steps=0.1, weight_decay=0.01,
             bf16=precision == "bf16", train_sampling_strategy="group_by_length" if grouping else "random", use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, seed=seed,
         )  # fmt: skip
         fitted = Trainer(net, arguments, train_dataset=rows["train"], eval_dataset=rows["validation"], data_collator=DataCollatorWithPadding(tokenizer), callbacks=[Watch()], processing_class=tokenizer)
-        fitted.train()
+        seconds = fitted.train().metrics["train_runtime"]
         found = fitted.predict(rows["validation"])
     accuracy = float((found.predictions.argmax(-1) == found.label_ids).mean())
-    return {"ends": times, "precision": precision, "accuracy": accuracy}
+    return {"ends": times, "seconds": seconds, "precision": precision, "accuracy": accuracy}
 
 
 def luthier_encode(data: str, model: str, precision: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def write(entries: Entries) -> None:
         lines += [f"## {kind}", ""]
         for method in ("lora", "full"):
             lines += _table(method, [entry for entry in found if entry["method"] == method])
+        lines += _frozen([entry for entry in found if entry["what"] == "frozen"])
         lines += _encoding([entry for entry in found if entry["what"] == "encode"])
         if number == 0:
             _draw(found, kind)
@@ -87,6 +88,22 @@ def _share(method: str, speed: Entries) -> list[str]:
     limit = ceiling * 1000 / flop
     rate = median(entry["examples_per_s"] for entry in ours)
     return [f"An example takes {flop:.3f} GFLOP when nothing is wasted, so that {ceiling:.2f} TFLOP/s in {precision} allow {limit:.0f} examples/s; luthier reaches {rate / limit:.0%} of that."]
+
+
+def _frozen(found: Entries) -> list[str]:
+    if not found:
+        return []
+    lines = ["### Three passes with most of the model frozen", "", "Seconds of training, loading and evaluation aside; what luthier computes once of the frozen blocks is part of them.", ""]
+    lines += ["| | | seconds | luthier is | peak MB | accuracy, seeds |", "|---|---|---|---|---|---|"]
+    for method in dict.fromkeys(entry["method"] for entry in found):
+        ours = {entry["turn"]: entry for entry in found if (entry["method"], entry["arm"]) == (method, "luthier")}
+        for arm in dict.fromkeys(entry["arm"] for entry in found if entry["method"] == method):
+            turns = {entry["turn"]: entry for entry in found if (entry["method"], entry["arm"]) == (method, arm)}
+            seconds, faster = [entry["seconds"] for entry in turns.values()], [entry["seconds"] / ours[turn]["seconds"] for turn, entry in turns.items() if turn in ours]
+            compared = f"{median(faster):.1f}x [{min(faster):.1f}, {max(faster):.1f}]" if arm != "luthier" and faster else ""
+            accuracy = [entry["accuracy"] for entry in turns.values()]
+            lines.append(f"| {method} | {arm} | {median(seconds):.1f} [{min(seconds):.1f}, {max(seconds):.1f}] | {compared} | {median(entry['peak_mb'] for entry in turns.values()):.0f} | {fmean(accuracy):.4f} ({', '.join(f'{value:.4f}' for value in accuracy)}) |")
+    return [*lines, ""]
 
 
 def _encoding(found: Entries) -> list[str]:

