@@ -3,7 +3,7 @@
     speed     100 steps of each arm after 20 to warm up, in turns, three rounds (a quarter of an hour for each method on two quiet cores)
     accuracy  one pass of luthier and of the peer's fastest setting, three seeds
     frozen    three passes of methods that leave most of the model frozen, luthier and Trainer's fastest setting in turns, three rounds
-    encode    2,000 sentences into vectors, against sentence-transformers, in turns, three rounds (two minutes)
+    encode    2,000 sentences into vectors, against sentence-transformers, in turns, three rounds (six minutes)
     report    write docs/benchmarks.md and its picture from what is there
 
 Every measurement is one line of benchmarks/results.jsonl, with the machine it was taken on. What this machine has measured already is not measured again.
