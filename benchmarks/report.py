@@ -23,7 +23,7 @@ def write(entries: Entries) -> None:
         "`lora` is r = 8 at query and value. Speeds are of 100 steps after 20 to warm up; the arms take turns, so that a ratio is of two runs that follow each other. Each measurement is a process of its own and a line of `benchmarks/results.jsonl`.",
         "",
         "```bash",
-        "python benchmarks/run.py speed && python benchmarks/run.py accuracy && python benchmarks/run.py report",
+        "for what in speed accuracy frozen encode report; do python benchmarks/run.py $what; done",
         "```",
         "",
     ]
@@ -45,7 +45,7 @@ def write(entries: Entries) -> None:
 NOTES = [
     "## What this does not show",
     "",
-    "- The speeds of `full` are of luthier before the backward pass of its blocks was written by hand (about 5 % slower than now); those of `lora` and of encoding are of the version that this page comes with. The accuracies of `lora` are of that earlier version too.",
+    "- The speeds of `full` are of luthier before the backward pass of its blocks was written by hand (5 % slower than now in one comparison); those of `lora` and of encoding are of the version that this page comes with. The accuracies of `lora` are of that earlier version too.",
     "- One model, one set of short rows, one batch size. Long rows, decoders and GPUs are not measured yet.",
     "- The machine is shared: the same arm varies by 10-20 % from turn to turn, which is why every number has its range.",
     "- The limit counts the products of real tokens alone (forward and input gradients; weight gradients too for `full`), at the speed that `luthier doctor` measured for one large product. It leaves out that a last block from which only the first token is read needs less, which luthier makes use of.",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.compute.packing import Packing
+from luthier.compute.packing import STEP, Packing
 
 MASKS = {
     "equal rows": [[1, 1, 1], [1, 1, 1]],
@@ -22,7 +22,7 @@ def test_packed_and_unpacked_only_padding_changes(name: str, dtype: torch.dtype)
     x = torch.randn(*mask.shape, 5, dtype=torch.float64, requires_grad=True)
     assert packing is not None
     packed = packing.pack(x)
-    assert packed.shape == (int(mask.sum()) + packing.spare, 5) and (packing.spare == 0 or len(packed) % 16 == 0)
+    assert packed.shape == (int(mask.sum()) + packing.spare, 5) and (packing.spare == 0 or len(packed) % STEP == 0)
     torch.testing.assert_close(packing.unpack(packed), x * mask[:, :, None])
     assert torch.autograd.gradcheck(lambda x: packing.unpack(packing.pack(x)), (x,))
 
@@ -51,3 +51,13 @@ def test_groups_cover_every_row_once(name: str) -> None:
 @pytest.mark.parametrize("mask", [[[0, 1, 1], [1, 1, 1]], [[1, 0, 1], [1, 1, 1]], [[1, 1, 1], [0, 0, 0]]], ids=["padded on the left", "a hole", "an empty row"])
 def test_other_masks_are_left_to_the_model(mask: list[list[int]]) -> None:
     assert Packing.of(torch.tensor(mask)) is None
+
+
+def test_packed_rows_come_in_few_numbers_and_waste_little() -> None:
+    """Each number is a kernel that oneDNN builds and keeps."""
+    numbers = set()
+    for tokens in range(2, 4096):
+        found = Packing.of((torch.arange(tokens) < torch.tensor([[tokens], [1]])).long())
+        assert found and found.tokens == tokens + 1 + found.spare and found.spare < max(STEP, (tokens + 1) / 7)
+        numbers.add(found.tokens)
+    assert len(numbers) < 64

@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from luthier.compute import products
 from luthier.compute.attention import Call
 from luthier.compute.block import FusedBlock, Sublayer
 from luthier.compute.packed_attention import PackedAttention
 from luthier.compute.packing import Packing
 from luthier.compute.pieces import Activation, Dropout, LayerNorm, Local, local
+from luthier.compute.products import Linear
 from luthier.compute.tape import Piece
 
 PACKING = Packing.of(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]))
@@ -59,6 +61,25 @@ def test_gradients_against_differences(module: nn.Module, kind: type[Piece], lea
     assert type(piece) is kind
     before = local(linear(6, 6))
     assert torch.autograd.gradcheck(lambda x, *_: through(x, before, piece), (rows(6), *module.parameters()))
+
+
+def test_an_activation_of_another_shape_is_none_of_the_kernels() -> None:
+    assert type(local(nn.GLU())) is Local
+
+
+@pytest.mark.skipif(products._mkldnn is None, reason="this torch has no oneDNN")
+def test_only_weights_that_stay_are_laid_out_and_answer_as_the_plain_ones_do() -> None:
+    module = linear(48, 96).float()
+    frozen, plain = Linear([module], torch.bfloat16, learning=True), Linear([module], torch.bfloat16, learning=True)
+    plain.laid_out = None
+    assert frozen.laid_out is not None and Linear([linear(48, 96).requires_grad_()], torch.bfloat16, learning=True).laid_out is None
+    narrow, outcomes = linear(96, 48).bfloat16(), []
+    for piece in (frozen, plain):
+        x = rows(48).detach().float().requires_grad_()
+        y = through(x, piece, local(narrow))
+        outcomes.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+    assert frozen.laid_out.keys() == {"forward", "backward"}
+    torch.testing.assert_close(*outcomes, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("pooled", [False, True])

@@ -11,7 +11,7 @@ from machines import AMX, BROKEN_AMX, BROKEN_AMX_FAST_CAP, NO_AMX, NO_BF16, pyth
 from luthier.errors import UserError
 from luthier.machine import precision, setting
 from luthier.machine.answer import Answer, remember
-from luthier.machine.precision import ceiling, choose_device, choose_precision
+from luthier.machine.precision import ceiling, choose_device, choose_precision, onednn_is_faster
 from luthier.machine.setting import CAP
 
 
@@ -119,6 +119,13 @@ def test_a_request_on_another_device_is_refused_rather_than_ignored() -> None:
     assert choose_precision("auto", "mps")[0] == "fp32"
     with pytest.raises(UserError, match="mps"):
         choose_precision("bf16", "mps")
+
+
+@pytest.mark.parametrize("onednn,expected", [(0.4e12, True), (0.1e12, False), (None, False)])
+def test_float32_products_take_the_faster_library(cache: Path, onednn: float | None, expected: bool) -> None:
+    speeds = {"linear": 0.2e12} if onednn is None else {"linear": 0.2e12, "onednn": onednn}
+    on(NO_AMX._replace(trials={name: {**types, "fp32": types["fp32"]._replace(flops=speeds)} for name, types in NO_AMX.trials.items()}))
+    assert onednn_is_faster() is expected
 
 
 def test_the_ceiling_is_that_of_the_setting_in_force(cache: Path) -> None:

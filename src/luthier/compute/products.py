@@ -44,8 +44,8 @@ class Linear(Piece):
         self.places: list[tuple[int, float]] = []  # of each low-rank change, where its rows start, and its scale
         factors: list[Tensor] = []
         for start, change in self._changes():
-            if change.is_low_rank:
-                a, b, scale = change.method.factors(change)  # type: ignore[misc]
+            if (found := change.method.factors(change)) is not None:
+                a, b, scale = found
                 self.places.append((start, scale))
                 factors += a, b
         return *(self.kept or self._weights()), *factors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,20 +14,20 @@ Tensors = tuple[Tensor | None, ...]
 Wants = tuple[bool, ...]
 
 
-class Piece:
+class Piece(ABC):
     """One step of a block: y = forward(x), a function of x and of some tensors that may learn."""
 
     def tensors(self) -> Tensors:
         """What may learn, or None for what is not there; their own histories are autograd's."""
         return ()
 
+    @abstractmethod
     def forward(self, x: Any, tensors: Tensors, wants: Wants, tape: Tape) -> Any:
         """y; what `backward` will read is given to `tape.keep`. wants: whether a gradient is wanted of x and of each of the tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, d: Any, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Any, Tensors]:
         """The gradients of x (None where it is not wanted) and of the tensors, from that of y, which stays as it is."""
-        raise NotImplementedError
 
 
 class Tape:
