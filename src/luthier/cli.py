@@ -23,6 +23,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the GP
 Columns = Annotated[str | None, typer.Option(help="role=column pairs, such as text=body,label=team")]
 Where = Annotated[str | None, typer.Option(help="column=value pairs that rows must have, such as lang=swa")]
 Encoding = Annotated[str | None, typer.Option(help="of text files; UTF-8")]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or int8, whose cost is measured on the rows; without it that of the run, or auto")]
 
 
 @app.callback()
@@ -137,6 +138,7 @@ def predict(
     columns: Columns = None,
     where: Where = None,
     encoding: Encoding = None,
+    precision: Precision = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows at once")] = 64,
     base: Base = None,
     device: Device = None,
@@ -145,7 +147,7 @@ def predict(
     """Add predictions to every row of a file; an interrupted one goes on where it stopped."""
     from luthier.verbs.predict import predict as verb
 
-    verb(run, data, out=out, top=top, columns=_pairs(columns, "--columns"), where=_pairs(where, "--where") or None, encoding=encoding, batch_size=batch_size, base=base, device=device, overwrite=overwrite)
+    verb(run, data, out=out, top=top, columns=_pairs(columns, "--columns"), where=_pairs(where, "--where") or None, encoding=encoding, precision=precision, batch_size=batch_size, base=base, device=device, overwrite=overwrite)
 
 
 @app.command()
@@ -157,7 +159,7 @@ def embed(
     column: Annotated[str | None, typer.Option(help="the column of texts")] = None,
     where: Where = None,
     encoding: Encoding = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16; without it that of the run, or auto")] = None,
+    precision: Precision = None,
     batch_size: Annotated[int, typer.Option(min=1, help="texts at once")] = 64,
     base: Base = None,
     device: Device = None,

@@ -57,6 +57,13 @@ class Recipe(BaseModel):
 
         return str(parse(value))
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _learns(cls, value: Any) -> Any:
+        if value == "int8":
+            raise ValueError("nothing learns in int8, which is for predict and embed. Choose auto, fp32 or bf16")
+        return value
+
     @field_validator("where", mode="before")
     @classmethod
     def _as_written(cls, value: Any) -> Any:

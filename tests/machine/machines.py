@@ -20,9 +20,12 @@ def trial(linear: float = 1e11, training: float = 1e11) -> Trial:
     return Trial(True, {"linear": linear, "training": training})
 
 
-def machine(uncapped: Trial, capped: Trial) -> Answer:
-    """By what bf16 does there; fp32 always works, at 1e11 FLOP/s."""
-    return Answer({UNCAPPED: {"fp32": trial(), "bf16": uncapped}, CAPPED: {"fp32": trial(), "bf16": capped}}, 2e10)
+WHOLE = Trial(True, {"onednn": 4e11})
+
+
+def machine(uncapped: Trial, capped: Trial, int8: Trial = WHOLE, int8_capped: Trial = WHOLE) -> Answer:
+    """By what bf16 and int8 do there; fp32 always works, at 1e11 FLOP/s."""
+    return Answer({UNCAPPED: {"fp32": trial(), "bf16": uncapped, "int8": int8}, CAPPED: {"fp32": trial(), "bf16": capped, "int8": int8_capped}}, 2e10)
 
 
 CRASH = Trial(False, {}, "it ended with the signal illegal instruction")
@@ -44,8 +47,9 @@ class FakeRunner:
         self.asked.append((kind, capped))
         if self.crashes(kind, capped):
             return self.status, ""
-        speed = 3e11 if kind == "bf16" else 1e11
-        return 0, "a warning\n" + json.dumps({"sound": True, "flops": {"linear": speed, "training": speed, **({"bandwidth": 2e10} if kind == "fp32" else {})}, "reason": ""})
+        speed = {"fp32": 1e11, "bf16": 3e11, "int8": 4e11}[kind]
+        flops = {"onednn": speed} if kind == "int8" else {"linear": speed, "training": speed, **({"bandwidth": 2e10} if kind == "fp32" else {})}
+        return 0, "a warning\n" + json.dumps({"sound": True, "flops": flops, "reason": ""})
 
 
 def python(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:

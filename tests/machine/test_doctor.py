@@ -36,6 +36,7 @@ def test_a_machine_where_all_is_well(cache: Path) -> None:
     facts, text = told(AMX)
     assert facts["chosen"]["precision"] == "bf16" and "trains 6.0 times as fast" in text and "no cap" in text
     assert facts["trials"]["uncapped"]["bf16"]["tflops"] == {"linear": 0.1, "training": 0.6}
+    assert "int8       matrix units as they come: sound; TFLOP/s: oneDNN 0.4" in text
 
 
 def test_a_setting_of_the_user_is_shown_as_theirs(cache: Path) -> None:
@@ -61,4 +62,4 @@ def test_again_measures_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     runner = FakeRunner(lambda kind, capped: False)
     monkeypatch.setattr(probe, "child", runner)
     assert doctor()["chosen"]["why"].startswith("bf16 is sound here and trains 6.0") and not runner.asked
-    assert doctor(again=True)["chosen"]["why"].startswith("bf16 is sound here and trains 3.0") and len(runner.asked) == 4
+    assert doctor(again=True)["chosen"]["why"].startswith("bf16 is sound here and trains 3.0") and len(runner.asked) == 6

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from machines import AMX, BROKEN_AMX, BROKEN_AMX_FAST_CAP, NO_AMX, NO_BF16, python
+from machines import AMX, BROKEN_AMX, BROKEN_AMX_FAST_CAP, CRASH, NO_AMX, NO_BF16, machine, python, trial
 
 from luthier.errors import UserError
 from luthier.machine import precision, setting
-from luthier.machine.answer import Answer, remember
+from luthier.machine.answer import Answer, Trial, remember
 from luthier.machine.precision import ceiling, choose_device, choose_precision, onednn_is_faster
 from luthier.machine.setting import CAP
 
@@ -73,6 +73,27 @@ def test_an_unwritable_cache_folder_means_fp32(cache: Path) -> None:
     assert choose_precision("auto")[0] == "fp32"
     with pytest.raises(UserError, match="not measured"):
         choose_precision("bf16")
+
+
+def test_int8_is_taken_on_request_only(cache: Path) -> None:
+    on(NO_BF16)
+    assert choose_precision("auto")[0] == "fp32"
+    assert choose_precision("int8") == ("int8", "given")
+
+
+def test_slow_int8_is_granted_with_a_word(cache: Path) -> None:
+    slow = Trial(True, {"onednn": 7e10})
+    on(machine(trial(), trial(), slow, slow))
+    assert choose_precision("int8") == ("int8", "int8 is sound here, but its products are only 0.7 times as fast as those of fp32")
+
+
+def test_int8_is_refused_where_it_is_not_sound_or_not_for_the_device(cache: Path) -> None:
+    on(machine(trial(), trial(), CRASH, CRASH))
+    with pytest.raises(UserError, match=r"--precision int8: int8 is not sound here .*illegal instruction.*Use --precision fp32"):
+        choose_precision("int8")
+    for device in ("cuda:0", "mps"):
+        with pytest.raises(UserError, match=f"int8 is for the processor, not for {device}"):
+            choose_precision("int8", device)
 
 
 BEFORE = """

@@ -27,6 +27,14 @@ def test_numbers_that_are_not_finite_are_wrong(monkeypatch: pytest.MonkeyPatch) 
     assert "encoder block is wrong" in trial.wrong_training(torch.float32)
 
 
+def test_int8_passes_and_sums_that_overflow_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    int8 = trial._int8()
+    assert int8.exists and trial.wrong_whole_products(int8) == ""
+    right = int8.Product.__call__
+    monkeypatch.setattr(int8.Product, "__call__", lambda self, x: right(self, x).clamp(max=1000))
+    assert "a product is wrong" in trial.wrong_whole_products(int8)
+
+
 def test_padding_changes_no_gradient() -> None:
     """The work that is timed is training as it is: what stands behind a row's end has no part in it."""
     torch.manual_seed(0)

@@ -19,18 +19,21 @@ from transformers import PreTrainedModel
 from luthier.compute import attention, linear
 from luthier.compute.dropout import dropout
 from luthier.compute.fusing import Fusing
+from luthier.errors import UserError
 
 _inside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
 def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True) -> Iterator[None]:
-    """Inside, `model` takes the fast routes of `device` in `precision` (fp32 or bf16), which each forward pass says by `autocast`.
+    """Inside, `model` takes the fast routes of `device` in `precision` (fp32, bf16, or int8 where nothing learns), which each forward pass says by `autocast`.
 
     leave     blocks that somebody else runs
     learning  whether what is open for training changes meanwhile; all else must stay as it is
-    May be nested: the outermost counts.
+    May be nested: the outermost counts. Raises UserError for int8 where something learns, and anywhere but on the processor.
     """
+    if precision == "int8" and (learning or torch.device(device).type != "cpu"):
+        raise UserError("int8 is for predicting and embedding on the processor; use fp32 or bf16 here.")
     with contextlib.ExitStack() as undo:
         if torch.device(device).type == "cpu" and model not in _inside:
             _enter(model, precision, leave, learning, undo)
@@ -56,7 +59,7 @@ def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learn
         if config._attn_implementation == "sdpa":
             config._attn_implementation = {"": attention.NAME}  # type: ignore[assignment]  # of itself alone, and not of the configs inside it
             undo.callback(setattr, config, "_attn_implementation", {"": "sdpa"})
-    dtype = torch.bfloat16 if precision == "bf16" else None
+    dtype = {"bf16": torch.bfloat16, "int8": torch.int8}.get(precision)
     undo.enter_context(Fusing(model, dtype, leave, learning, then=functools.partial(_stock_modules, model, dtype, undo)))
 
 
@@ -65,14 +68,17 @@ def _stock_modules(model: nn.Module, dtype: torch.dtype | None, undo: contextlib
     inside = {id(m) for block in fused for m in block.modules()}
     cast = linear.Cast()
     undo.callback(cast.forget)
-    frozen = {id(m) for m in linear.frozen_linears(model)} if dtype else set()
+    if dtype == torch.int8:
+        other = {m: functools.partial(linear.in_int8, m) for m in linear.inner_linears(model)}
+    else:
+        other = {m: functools.partial(linear.in_bf16, m, cast) for m in linear.frozen_linears(model)} if dtype else {}
     for module in model.modules():
         if id(module) in inside:
             continue
         if type(module) is nn.Dropout and not module.inplace:
             _replace(module, "forward", functools.partial(_drop, module), undo)
-        elif id(module) in frozen:
-            _replace(module, linear.place(module), linear.in_bf16(module, cast), undo)
+        elif module in other:
+            _replace(module, linear.place(module), other[module](), undo)
 
 
 def _drop(module: nn.Dropout, x: torch.Tensor) -> torch.Tensor:

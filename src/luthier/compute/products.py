@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier import machine
+from luthier.compute import int8
 from luthier.compute.tape import Piece, Tape, Tensors, Wants
 from luthier.methods.changes import Change, Changed, site_weight
 
@@ -20,18 +21,20 @@ class Linear(Piece):
 
     down (R, in) and up (out, R) are those of all low-rank changes together.
 
-    dtype     of the products; None: that of the model
+    dtype     of the products; None: that of the model. int8: weights and tokens are rounded for them, and no gradient passes
     learning  whether what is open for training changes from one call to the next
     """
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None, learning: bool):
         self.modules = list(modules)
-        self.dtype = dtype or next(modules[0].parameters()).dtype
+        self.rounds = dtype == torch.int8
+        self.dtype = next(modules[0].parameters()).dtype if dtype is None or self.rounds else dtype
         self.sizes = [len(site_weight(module, None)) for module in self.modules]
         own = [p for module in self.modules for p in (module.weight, module.bias) if p is not None]
         whole = [p for _, change in self._changes() if not change.is_low_rank for p in change.parameters()]
         self.changing = learning and any(p.requires_grad for p in (*own, *whole))  # type: ignore[union-attr]
-        self.kept: tuple[Tensor, Tensor | None] | None = None
+        self.kept: tuple[Tensor | None, Tensor | None] | None = None
+        self.rounded: int8.Product | None = None
         # float32 by another library has other last bits, which a run that goes on elsewhere would notice
         onednn = _mkldnn is not None and (self.dtype == torch.bfloat16 or (self.dtype == torch.float32 and not learning and machine.onednn_is_faster()))
         self.laid_out: dict[str, Tensor] | None = {} if onednn and not self.changing else None
@@ -41,6 +44,8 @@ class Linear(Piece):
         if self.kept is None and not self.changing:
             with torch.inference_mode(False), torch.no_grad():
                 self.kept = self._weights()
+            if self.rounds:
+                self.rounded, self.kept = int8.Product(*self._weights()), (None, None)
         self.places: list[tuple[int, float]] = []  # of each low-rank change, where its rows start, and its scale
         factors: list[Tensor] = []
         for start, change in self._changes():
@@ -52,10 +57,11 @@ class Linear(Piece):
 
     def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
         weight, bias, *factors = tensors
-        assert weight is not None
         read = x.to(self.dtype)
         down, up = self._joined(factors)
-        if self.laid_out is not None:
+        if self.rounded is not None:
+            y = self.rounded(read)
+        elif self.laid_out is not None:
             y = self._by_layout("forward", read, weight, bias)
         else:
             y = nn.functional.linear(read, weight, bias)

@@ -1,12 +1,15 @@
-"""One trial, run as a script in a process of its own: `python trial.py fp32|bf16`. Prints one JSON object; a crash is an answer too."""
+"""One trial, run as a script in a process of its own: `python trial.py fp32|bf16|int8`. Prints one JSON object; a crash is an answer too."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +23,14 @@ SECONDS = 0.25  # for one speed
 def main(kind: str) -> None:
     _leave_no_core_file()
     torch.manual_seed(0)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
-    reason = wrong_products(dtype) or wrong_training(dtype)
-    flops = {} if reason else speeds(dtype)
+    if kind == "int8":
+        int8 = _int8()
+        reason = wrong_whole_products(int8) if int8.exists else "this torch has no int8 kernels of oneDNN for this processor"
+        flops = {} if reason else {"onednn": speed_in_int8(int8)}
+    else:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+        reason = wrong_products(dtype) or wrong_training(dtype)
+        flops = {} if reason else speeds(dtype)
     print(json.dumps({"sound": not reason, "flops": flops, "reason": reason}))
 
 
@@ -35,6 +43,19 @@ def wrong_products(dtype: torch.dtype) -> str:
             error = float((got.double() - want).abs().max() / want.abs().max())
             if not error < TOLERANCE[dtype]:
                 return f"{name} is wrong by {error:.1e}"
+    return ""
+
+
+def wrong_whole_products(int8: Any) -> str:
+    """Products of rounded numbers, the largest that there are among them, against float64; empty where they agree."""
+    for rows, inputs, outputs in ((1, 33, 65), (512, 384, 384), (31, 1536, 384)):
+        x, w = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+        x[0], w[0] = 1, 1  # every number the largest: what is added up in 16 bits on the way overflows
+        (rounded_x, of_x), (rounded_w, of_w) = int8.rounded(x), int8.rounded(w)
+        want = (rounded_x.double() @ rounded_w.double().T) * of_x.double() * of_w.double().T
+        error = float((int8.Product(w, None)(x).double() - want).abs().max() / want.abs().max())
+        if not error < TOLERANCE[torch.float32]:
+            return f"a product is wrong by {error:.1e}"
     return ""
 
 
@@ -100,6 +121,13 @@ def speeds(dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
+def speed_in_int8(int8: Any) -> float:
+    """FLOP per second of the products that `speeds` takes."""
+    x, product = torch.randn(1024, 768), int8.Product(torch.randn(1536, 768), None)
+    with torch.inference_mode():
+        return 2 * x.numel() * 1536 / fastest(lambda: product(x))
+
+
 def fastest(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of the fastest of the rounds that fit into SECONDS, at least three, after one to warm up."""
     work()
@@ -109,6 +137,15 @@ def fastest(work: Callable[[], object], clock: Callable[[], float] = time.perf_c
         work()
         times.append(clock() - start)
     return min(times)
+
+
+def _int8() -> Any:
+    """What computes in int8 later, without the packages around it: they would set the cap under which this trial was not started."""
+    spec = importlib.util.spec_from_file_location("int8", Path(__file__).parents[1] / "compute" / "int8.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:

@@ -42,11 +42,13 @@ def embed(
 ) -> int:
     """Write the vector of every text of `data`, in their order. Returns how many.
 
-    model   a run folder of sentence-similarity, a stock model folder, or an opened Encoder
-    out     .npy: float32 (n, d); .parquet: the rows of `data` with a column `embedding` more. An unfinished OUT is continued.
-    part    document or query: which of the model's prefixes the texts get
-    column  the column of texts; by default the one of the run, or the only one that holds texts
+    model      a run folder of sentence-similarity, a stock model folder, or an opened Encoder
+    out        .npy: float32 (n, d); .parquet: the rows of `data` with a column `embedding` more. An unfinished OUT is continued.
+    part       document or query: which of the model's prefixes the texts get
+    column     the column of texts; by default the one of the run, or the only one that holds texts
+    precision  auto, fp32, bf16 or int8 (what it costs is measured on some of the texts, and said); by default that of the run, or auto
     """
+    from luthier.verbs import rounding
     from luthier.verbs.console import Console
 
     console = console or Console()
@@ -65,9 +67,14 @@ def embed(
     name = _column(first, column, part)
     encoder = model if isinstance(model, Encoder) else Encoder.open(model, base, device, precision)
     parts = Parts(target, (encoder.name, encoder.sha256, encoder.precision, encoder.max_length, encoder.task.prefix(part), name))
+    rows = itertools.chain((first,), rows)
+    if encoder.precision == "int8":
+        head = list(itertools.islice(rows, CHUNK))
+        console.say(rounding.of_vectors(encoder, [_text(row, name) for row in head], part))
+        rows = itertools.chain(head, rows)
     count = 0
     with encoder.ready(), console.progress("embedding") as advance:
-        for chunk in _chunks(itertools.chain((first,), rows)):
+        for chunk in _chunks(rows):
             texts = [_text(row, name) for row in chunk]
             if parts.lacks(texts):
                 vectors = encoder.embed(texts, part, batch_size, advance)

@@ -40,11 +40,11 @@ class Encoder:
     def open(cls, path: str | Path, base: str | Path | None = None, device: str | None = None, precision: str | None = None) -> Encoder:
         """From a run folder, or from a stock model folder: its sentence-transformers files say how to pool and with which prefixes, else the mean of all tokens is taken.
 
-        precision  auto, fp32 or bf16; by default the run's own, and auto for a stock folder
+        precision  auto, fp32, bf16 or int8; by default the run's own, and auto for a stock folder
         Raises UserError for a run of another task, and for a folder that is neither.
         """
         if (Path(path) / "run.json").is_file():
-            return cls.of(Run(path, base, device), precision)
+            return cls.of(Run(path, base, device, precision))
         start = Pretrained.open(path)
         device = machine.choose_device(device)
         config = start.config()
@@ -68,18 +68,26 @@ class Encoder:
         """
         if isinstance(texts, str):
             raise UserError("embed takes a list of texts; put the one text into brackets.")
-        features = self._features(list(texts), part)
+        return self._vectors(self._features(list(texts), part), self.precision, batch_size, progress)
+
+    def ready(self) -> contextlib.AbstractContextManager[None]:
+        """Around many calls: the model is prepared once for all of them."""
+        return compute.prepared(self.model, self.device, self.precision, learning=False)
+
+    def likeness(self, texts: Sequence[str], part: str = "document") -> np.ndarray:
+        """(n,): the cosine between each text's vector and the one in fp32, which is what a precision costs. Not inside of `ready`."""
+        features, before = self._features(list(texts), part), self.truncated
+        self.truncated = before - sum(f.truncated > 0 for f in features)  # these texts count when they are embedded
+        return (self._vectors(features, self.precision) * self._vectors(features, "fp32")).sum(1)
+
+    def _vectors(self, features: Sequence[Features], precision: str, batch_size: int = 64, progress: Callable[[int], None] = lambda texts: None) -> np.ndarray:
         found = np.empty((len(features), self._width()), dtype=np.float32)
-        with torch.inference_mode(), compute.running(self.model.eval(), self.device, self.precision):
+        with torch.inference_mode(), compute.running(self.model.eval(), self.device, precision):
             for rows in by_length([f.length for f in features], batch_size):
                 batch = Batch(padded([features[i] for i in rows], self.tokenizer)).to(self.device)
                 found[rows] = as_floats(self.task.vectors(self.model, batch))
                 progress(len(rows))
         return found
-
-    def ready(self) -> contextlib.AbstractContextManager[None]:
-        """Around many calls: the model is prepared once for all of them."""
-        return compute.prepared(self.model, self.device, self.precision, learning=False)
 
     def _features(self, texts: list[str], part: str) -> list[Features]:
         for number, text in enumerate(texts):
@@ -102,7 +110,7 @@ class Encoder:
         return next(int(size) for name in ("hidden_size", "dim", "d_model", "n_embd") if (size := getattr(config, name, None)))
 
 
-def load(path: str | Path, base: str | Path | None = None, device: str | None = None) -> Run | Encoder:
+def load(path: str | Path, base: str | Path | None = None, device: str | None = None, precision: str | None = None) -> Run | Encoder:
     """Open a run folder, or a stock model folder as an encoder."""
     plain = not (Path(path) / "run.json").is_file() and (Path(path) / "config.json").is_file()
-    return Encoder.open(path, base, device) if plain else Run(path, base, device)
+    return Encoder.open(path, base, device, precision) if plain else Run(path, base, device, precision)

@@ -29,6 +29,7 @@ def predict(
     columns: dict[str, str] | None = None,
     where: dict[str, str] | None = None,
     encoding: str | None = None,
+    precision: str | None = None,
     batch_size: int = 64,
     base: str | Path | None = None,
     device: str | None = None,
@@ -37,14 +38,19 @@ def predict(
 ) -> int:
     """Add the predictions of `run` to every row of `data`; all other columns pass through. Returns the number of rows.
 
-    data  a file, or "-" for standard input: one JSON object or one plain text a line
-    out   csv, tsv, jsonl(.gz) or parquet; without it, JSON lines on standard output. An unfinished OUT is continued.
+    data       a file, or "-" for standard input: one JSON object or one plain text a line
+    out        csv, tsv, jsonl(.gz) or parquet; without it, JSON lines on standard output. An unfinished OUT is continued.
+    precision  auto, fp32, bf16 or int8 (what it costs is measured on some of the rows, and said); by default that of the run
     """
+    from luthier.verbs import rounding
     from luthier.verbs.console import Console
 
     console = console or Console()
     machine.ensure()
-    run = run if isinstance(run, Run) else load(run, base, device)
+    if not isinstance(run, Run):
+        run = load(run, base, device, precision)
+    elif precision:
+        run = run.at(precision)
     roles = run.columns(columns)
     file = None
     if out is not None:
@@ -62,6 +68,11 @@ def predict(
     before = run.truncated
     size = batch_size if piped else CHUNK  # what is typed or piped in is answered as soon as there is a batch of it
 
+    if run.precision == "int8":
+        head = list(itertools.islice(rows, size))
+        console.say(rounding.of_answers(run, run.typed(Rows.of(head, first.file), supervised=False, columns=columns), batch_size))
+        rows = itertools.chain(head, rows)
+
     def answered(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
         return _answered(run, rows, first.values, top, columns, batch_size, size)
 
@@ -74,7 +85,7 @@ def predict(
         return count
 
     asked = file.path.with_name(file.path.name + ".asked")
-    _begin(file.partial, asked, {"run": str(run.path.absolute()), "made": run.record.content["created"], "columns": roles, "where": where or {}, "top": top}, overwrite)
+    _begin(file.partial, asked, {"run": str(run.path.absolute()), "made": run.record.content["created"], "columns": roles, "where": where or {}, "top": top, "precision": run.precision}, overwrite)
     count = 0
     try:
         with file, console.progress("predicting") as advance:
@@ -103,7 +114,7 @@ def _begin(partial: Path, asked: Path, call: dict[str, Any], overwrite: bool) ->
     """Note what is asked beside the unfinished file, so that the answers of two runs never end in one. Raises UserError where it was begun by another call."""
     if partial.exists() and not (asked.is_file() and json.loads(asked.read_text(encoding="utf-8")) == call):
         if not overwrite:
-            raise UserError(f"{partial} was begun with another run, --top, --columns or --where. Give --overwrite to start anew, or another --out.")
+            raise UserError(f"{partial} was begun with another run, --top, --columns, --where or --precision. Give --overwrite to start anew, or another --out.")
         partial.unlink()
     asked.parent.mkdir(parents=True, exist_ok=True)
     asked.write_text(json.dumps(call), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,16 +28,17 @@ from luthier.verbs.job import encode
 class Run:
     """A run folder. `run.metrics`, `run.model` (a transformers or peft model in eval mode), `run.predict(texts)`.
 
-    base    where the base model lies, for an adapter whose base has moved
-    device  where the model is put: the GPU where there is one
+    base       where the base model lies, for an adapter whose base has moved
+    device     where the model is put: the GPU where there is one
+    precision  auto, fp32, bf16 or int8; by default fp32 where the run was asked for it, else auto
     """
 
-    def __init__(self, path: str | Path, base: str | Path | None = None, device: str | None = None):
+    def __init__(self, path: str | Path, base: str | Path | None = None, device: str | None = None, precision: str | None = None):
         self.path = Path(path)
         self.record: RunRecord = read_run(self.path)
         if base is not None and not Path(base).is_dir():
             raise UserError(f"--base {base}: there is no such folder.")
-        self.base, self.device = base, machine.choose_device(device)
+        self.base, self.device, self.asked = base, machine.choose_device(device), precision
         self.index = "search"  # the folder of its search vectors
         self.truncated = 0  # rows so far that were longer than the model reads
 
@@ -97,8 +99,17 @@ class Run:
 
     @functools.cached_property
     def precision(self) -> str:
-        """float32 where the run was asked for it, so that its metrics come out again; else what is safe and fastest here, wherever it was trained."""
-        return machine.choose_precision("fp32" if self.record.content.get("training", {}).get("precision_asked") == "fp32" else "auto", self.device)[0]
+        """What was asked for; float32 where the run was, so that its metrics come out again; else what is safe and fastest here, wherever it was trained."""
+        trained = "fp32" if self.record.content.get("training", {}).get("precision_asked") == "fp32" else "auto"
+        return machine.choose_precision(self.asked or trained, self.device)[0]
+
+    def at(self, precision: str) -> Run:
+        """This run, its model shared, in another precision."""
+        self.model  # noqa: B018 (opened once for both)
+        other = copy.copy(self)
+        other.__dict__.pop("precision", None)
+        other.asked = precision
+        return other
 
     def predict(self, rows: Iterable[Any], top: int = 1, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for texts, or for dictionaries with this run's columns: labels and scores, tags, numbers, vectors, text."""
@@ -106,6 +117,8 @@ class Run:
 
     def answers(self, typed: Rows, top: int = 1, batch_size: int = 64) -> list[dict[str, Any]]:
         """Predictions for rows by role."""
+        if self.asked in ("bf16", "int8") and type(self.task).answers is not Task.answers:
+            raise UserError(f"--precision {self.asked}: {self.task.tag} generates in fp32 only. Use --precision fp32 (or auto).")
         features = self._features(typed)
         written = self.task.answers(self.model, features, typed, self.tokenizer, top, batch_size)
         return written if written is not None else self.task.predictions(self._outputs(features, batch_size), typed, top)
@@ -138,6 +151,6 @@ class Run:
         return Rows.of(made)
 
 
-def load(path: str | Path, base: str | Path | None = None, device: str | None = None) -> Run:
+def load(path: str | Path, base: str | Path | None = None, device: str | None = None, precision: str | None = None) -> Run:
     """Open a run folder."""
-    return Run(path, base, device)
+    return Run(path, base, device, precision)

@@ -1,0 +1,47 @@
+"""Products of whole numbers: each row of a weight and each token is rounded to 8 bits by a scale of its own, so that a huge number spoils its own row only.
+
+The kernels are oneDNN's, as torch's inductor calls them. This file needs torch alone: the machine's trial runs it by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+ZERO = 128  # stands for 0: oneDNN has fast kernels for x that is never negative
+ROWS = 512  # for which a weight is laid out
+TINY = torch.finfo(torch.float32).tiny  # a scale, where a row is all zeros
+
+_onednn = torch.ops.onednn if torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise") else None
+exists = _onednn is not None
+
+
+class Product:
+    """x (..., in) -> (..., out) = x @ weight^T + bias, of frozen weight (out, in) and bias (out). Gradients do not pass."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        assert _onednn is not None
+        with torch.inference_mode(False), torch.no_grad():
+            whole, scales = rounded(weight)
+            self.weight = _onednn.qlinear_prepack(whole, [ROWS, weight.shape[1]])
+            self.scales, self.zeros = scales.flatten(), torch.zeros(len(weight), dtype=torch.int64)
+            self.bias = None if bias is None else bias.detach().float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert _onednn is not None
+        whole, scales = rounded(x.reshape(-1, x.shape[-1]))
+        y: Tensor = _onednn.qlinear_pointwise(whole.view(torch.uint8).bitwise_xor_(ZERO), 1.0, ZERO, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        y.mul_(scales)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(whole, scales) with x (n, d) ~ whole * scales: int8 from -127 to 127, and float32 (n, 1)."""
+    x = x.float().contiguous()
+    scales = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).div_(LARGEST).clamp_(min=TINY)
+    return torch.div(x, scales).round_().to(torch.int8), scales
