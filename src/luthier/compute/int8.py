@@ -5,14 +5,11 @@ The kernels are oneDNN's, as torch's inductor calls them. This file needs torch 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 LARGEST = 127
 ZERO = 128  # stands for 0: oneDNN has fast kernels for x that is never negative
-ROWS = 512  # for which a weight is laid out
 TINY = torch.finfo(torch.float32).tiny  # a scale, where a row is all zeros
 
 _onednn = torch.ops.onednn if torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise") else None
@@ -26,7 +23,7 @@ class Product:
         assert _onednn is not None
         with torch.inference_mode(False), torch.no_grad():
             whole, scales = rounded(weight)
-            self.weight = _onednn.qlinear_prepack(whole, [ROWS, weight.shape[1]])
+            self.weight = _onednn.qlinear_prepack(whole, None)
             self.scales, self.zeros = scales.flatten(), torch.zeros(len(weight), dtype=torch.int64)
             self.bias = None if bias is None else bias.detach().float()
 

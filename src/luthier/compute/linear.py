@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from luthier.compute import int8
 from luthier.methods.changes import Changed, site_weight, stock_class
 
-
 SMALL = 32  # rows or columns of a weight: products of fewer are no faster in whole numbers
 
 

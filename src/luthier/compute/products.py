@@ -59,12 +59,7 @@ class Linear(Piece):
         weight, bias, *factors = tensors
         read = x.to(self.dtype)
         down, up = self._joined(factors)
-        if self.rounded is not None:
-            y = self.rounded(read)
-        elif self.laid_out is not None:
-            y = self._by_layout("forward", read, weight, bias)
-        else:
-            y = nn.functional.linear(read, weight, bias)
+        y = self._product(read, weight, bias)
         low = None
         if down is not None and up is not None:
             low = read @ down.T
@@ -90,6 +85,12 @@ class Linear(Piece):
         if any(of_factors) and d_low is not None and low is not None and read is not None:
             d_factors = self._apart(d_low.T @ read, d.T @ low, factors)
         return d_x, (d_weight, d.sum(0) if of_bias else None, *d_factors)
+
+    def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.rounded is not None:
+            return self.rounded(x)
+        assert weight is not None
+        return nn.functional.linear(x, weight, bias) if self.laid_out is None else self._by_layout("forward", x, weight, bias)
 
     def _by_layout(self, direction: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weight^T + bias with the weight as oneDNN's kernels want it, which they otherwise bring about in every product: a tenth to a quarter of its time."""
