@@ -41,6 +41,15 @@ def test_numbers_are_rounded_by_at_most_half_a_step() -> None:
     assert float(((whole * scales - x).abs() / scales).max()) <= 0.5001
 
 
+def test_many_numbers_are_rounded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(17, 40)
+    expected = int8.rounded(x)
+    for piece in (1, 200):
+        monkeypatch.setattr(int8, "PIECE", piece)
+        assert all(torch.equal(a, b) for a, b in zip(int8.rounded(x), expected, strict=True))
+    assert [part.shape for part in int8.rounded(x[:0])] == [(0, 40), (0, 1)]
+
+
 def test_a_token_with_huge_numbers_harms_no_other_and_nor_does_a_row_of_the_weight() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(6, 64), torch.randn(48, 64)
