@@ -26,7 +26,7 @@ def speeds(found: Entries, path: Path) -> None:
 
 
 def growth(found: Entries, path: Path) -> None:
-    """Seconds above, memory below; dots are measured, the line is fitted to the upper half."""
+    """Seconds above, memory below, each to one scale; dots are measured, the line is fitted to the upper half."""
     import numpy as np
 
     curves = {axis: curve(found, axis) for axis in AXIS_NAMES}
@@ -40,6 +40,9 @@ def growth(found: Entries, path: Path) -> None:
             middle = np.exp(np.mean(np.log(values[upper:])) - slope * np.mean(np.log(xs[upper:])))
             axis.loglog(xs, values, "o", color="tab:blue", markersize=4)
             axis.loglog(xs[upper:], middle * np.array(xs[upper:], dtype=float) ** slope, color="gray", linewidth=1)
+            if name != "method":
+                axis.set_xscale("log", base=2)
+                axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set_title(f"grows by power {slope:.2f}", fontsize=9)
             axis.set_ylabel({"seconds": "seconds a step", "MB": "MB"}[unit] if column == 0 else "")
         axes[1, column].set_xlabel(AXIS_NAMES[name])
@@ -52,7 +55,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, sharey="row" if rows > 1 else "none")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -26,10 +26,12 @@ def adapt(task: str, method: str, data: str, model: str, batch: int, max_length:
     settings: dict[str, Any] = {"task": task, "method": method, "batch_size": batch, "max_length": max_length, "lr": RATES[method], "seed": seed, "epochs": epochs, "max_steps": steps, "baselines": False, "console": Watch(quiet=True)}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            record = luthier.adapt(model, data, out=f"{folder}/run", **settings).record.content
+            run = luthier.adapt(model, data, out=f"{folder}/run", **settings)
         except Enough:
             job = luthier.adapt(model, data, out=f"{folder}/plan", dry_run=True, **settings)
             return {"ends": clock.ends, "precision": job.precision, "tokens": _tokens(job)[:steps]}
+        assert isinstance(run, luthier.Run)
+        record = run.record.content
     return {"ends": clock.ends, "seconds": record["resources"]["seconds"], "precision": record["training"]["precision"], "accuracy": record["metrics"]["accuracy"]["value"]}
 
 

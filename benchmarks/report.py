@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import figures
@@ -112,18 +112,26 @@ def _settings(what: str) -> str:
 SECTIONS: dict[str, Callable[[Entries, Entries], list[str]]] = {"speed": _speed, "long": _long, "decoder": _decoder, "vision": _vision, "frozen": _frozen, "encode": _encode, "start": _start, "busy": _busy, "growth": _growth}
 PICTURES = (("speed", figures.speeds, "", "examples per second"), ("growth", figures.growth, "_growth", "seconds and memory of a step against length, batch, width and what learns"))
 NOT_YET = {"long": "long rows", "decoder": "decoders", "vision": "pictures"}
+TO_THE_LAST_STEP = {"long": "long rows", "decoder": "a decoder", "vision": "pictures", "start": "the first step", "growth": "the growth of a step"}
 
 
 def _notes(entries: Entries) -> list[str]:
     missing = [*(name for what, name in NOT_YET.items() if not of(entries, what=what)), "GPUs"]
-    unmeasured = (", ".join(missing[:-1]) + " and " if missing[:-1] else "") + missing[-1]
+    unmeasured = _listed(missing)
+    ends = [name for what, name in TO_THE_LAST_STEP.items() if of(entries, what=what)]
+    ended = f" For {_listed(ends)} the process ends with its last step." if ends else ""
+    ahead = " Of a decoder it counts all scores of attention, of which half look ahead." if of(entries, what="decoder") else ""
     return [
         "## What this does not show",
         "",
         "- The speeds of `full` are of luthier before the backward pass of its blocks was written by hand (5 % slower than now in one comparison); those of `lora` and of encoding are of the version that this page comes with. The accuracies of `lora` are of that earlier version too.",
         f"- One model and one batch size for most of it. {unmeasured[0].upper()}{unmeasured[1:]} are not measured yet.",
         "- The machine is shared: the same arm varies by 10-20 % from turn to turn, which is why every number has its range.",
-        "- The limit counts the products of real tokens alone (forward and input gradients; weight gradients too for `full`), at the speed that `luthier doctor` measured for one large product. It leaves out that a last block from which only the first token is read needs less, which luthier makes use of.",
-        "- Peak memory is of the whole process, with Python and the libraries (about 0.5 GB on both sides).",
+        f"- The limit counts the products of real tokens alone (forward and input gradients; weight gradients too for `full`), at the speed that `luthier doctor` measured for one large product. It leaves out that a last block from which only the first token is read needs less, which luthier makes use of.{ahead}",
+        f"- Peak memory is of the whole process, with Python and the libraries (about 0.5 GB on both sides).{ended}",
         "",
     ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -21,7 +21,7 @@ class Benchmark:
     """Arms that take turns, round for round, over cases.
 
     arms     name -> what arms.py is given
-    cases    what it is given besides and the line says: at least the method. `axis` and `beside` are said alone
+    cases    what it is given besides, and the line says: the method at least
     inputs   makes the rows and the model
     values   from an answer, the answers of this round and case, and the benchmark: what the line says was measured
     steps    that are measured after `warm_up` of them; None: all of the passes, which `given` tells
