@@ -88,22 +88,24 @@ class Activation(Piece):
         self.name, self.of_torch = name, (forward, backward)
 
     def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
-        tape.keep(x)
         y = torch.empty_like(x)
         if run := kernel(self.name, x.dtype):
-            run(x.numel(), memory(x), None, memory(y))
+            slopes = torch.empty_like(x) if tape.flows else None
+            run(x.numel(), memory(x), memory(y), memory(slopes))
+            tape.keep(slopes)
         else:
             self.of_torch[0](x, y)
+            tape.keep(x)
         return y
 
     def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
         (x,) = kept
         assert x is not None
-        d, d_x = d.to(x.dtype), torch.empty_like(x)
-        if run := kernel(self.name, x.dtype):
-            run(x.numel(), memory(x), memory(d), memory(d_x))
-        else:
-            self.of_torch[1](d, x, d_x)
+        d = d.to(x.dtype)
+        if kernel(self.name, x.dtype):
+            return d * x, ()  # x are the slopes
+        d_x = torch.empty_like(x)
+        self.of_torch[1](d, x, d_x)
         return d_x, ()
 
 

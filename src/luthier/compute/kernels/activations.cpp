@@ -43,16 +43,18 @@ struct Silu {
     }
 };
 
+// The slopes, where asked for, are all that the way back needs.
 template <class T, class F>
-static void alone(int64_t count, const T* x, const T* d, T* out) {
+static void alone(int64_t count, const T* x, T* y, T* slopes) {
 #pragma omp parallel for schedule(static) if (count > ALONE)
     for (int64_t i = 0; i < count; i += LANES) {
-        Vec slope, y = F::of(load(x + i, count - i), d ? &slope : nullptr);
-        store(out + i, d ? load(d + i, count - i) * slope : y, count - i);
+        Vec slope;
+        store(y + i, F::of(load(x + i, count - i), slopes ? &slope : nullptr), count - i);
+        if (slopes) store(slopes + i, slope, count - i);
     }
 }
 
-// x (rows, 2 width): gates, then what passes through them.
+// x (rows, 2 width): gates, then what passes through them. Backward where d is given, else forward.
 template <class T, class F>
 static void gated(int64_t rows, int64_t width, const T* x, const T* d, T* out) {
 #pragma omp parallel for schedule(static) if (rows * width > ALONE)
@@ -71,9 +73,8 @@ static void gated(int64_t rows, int64_t width, const T* x, const T* d, T* out) {
     }
 }
 
-// Backward where d is given, else forward.
 #define ACTIVATION(T, TYPE, F, NAME)                                                                                                                     \
-    extern "C" void NAME##_##TYPE(int64_t count, const T* x, const T* d, T* out) { alone<T, F>(count, x, d, out); }                                      \
+    extern "C" void NAME##_##TYPE(int64_t count, const T* x, T* y, T* slopes) { alone<T, F>(count, x, y, slopes); }                                      \
     extern "C" void gated_##NAME##_##TYPE(int64_t rows, int64_t width, const T* x, const T* d, T* out) { gated<T, F>(rows, width, x, d, out); }
 #define BOTH(F, NAME) ACTIVATION(float, float32, F, NAME) ACTIVATION(bf16, bfloat16, F, NAME)
 BOTH(Gelu, gelu)

@@ -19,7 +19,7 @@ def main(path: str) -> None:
 
 def activation(kernels: ctypes.CDLL) -> bool:
     x, y = Floats(*(i - 8.0 for i in range(16))), Floats()
-    kernels.gelu_float32(ctypes.c_int64(16), x, None, y)
+    kernels.gelu_float32(ctypes.c_int64(16), x, y, None)
     return _near(y, [a * 0.5 * (1 + math.erf(a / math.sqrt(2))) for a in x])
 
 
