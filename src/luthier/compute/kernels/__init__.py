@@ -58,34 +58,55 @@ def memory(x: Tensor | None) -> int | None:
     return x.data_ptr()
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """All kernels; None where LUTHIER_KERNELS is off, no C++ compiler is there, or what it built does not compute as it should."""
-    compiler = _compiler()
-    if os.environ.get(SWITCH) == "off" or sys.platform == "win32" or compiler is None:
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        kept = _file(compiler)
-        if kept is not None and kept.exists():
-            return ctypes.CDLL(str(kept))
-        with tempfile.TemporaryDirectory(dir=_writable(kept and kept.parent)) as folder:
-            built = Path(folder) / "kernels.so"
-            subprocess.run([compiler, *FLAGS, *map(str, sorted(HERE.glob("*.cpp"))), "-o", str(built)], check=True, capture_output=True, timeout=TIMEOUT)
-            # in a process of its own, as an instruction that the processor only claims to have would end this one
-            subprocess.run([sys.executable, "-P", str(HERE / "check.py"), str(built)], check=True, capture_output=True, timeout=TIMEOUT)
-            if kept is not None and _writable(kept.parent):
-                os.replace(built, kept)
-                built = kept
-            return ctypes.CDLL(str(built))
-    return None
+    """All kernels; None where LUTHIER_KERNELS is off, no C++ compiler is there, or what it built does not compute as it should: see `outcome`."""
+    return _load()[0]
 
 
-def ensure(say: Callable[[str], None] | None = None) -> bool:
-    """Have the kernels, compiled now where they are not yet. Whether they are there."""
+def outcome() -> str:
+    """Whether kernels are used, or why not."""
+    return _load()[1]
+
+
+def ensure(say: Callable[[str], None]) -> None:
+    """Have them, compiled now where they are not yet, which is said."""
     compiler = _compiler()
-    if say and compiler and os.environ.get(SWITCH) != "off" and not ((kept := _file(compiler)) and kept.exists()):
+    if compiler and not _off() and not ((kept := _file(compiler)) and kept.exists()):
         say("compiling kernels for this machine (once, some seconds)")
-    return library() is not None
+    library()
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    compiler = _compiler()
+    if _off():
+        return None, f"none: {SWITCH} is off"
+    if compiler is None:
+        return None, "none: there is no C++ compiler, with which training and encoding of small models would be faster"
+    try:
+        kept = _file(compiler)
+        if kept is None or not kept.exists():
+            with tempfile.TemporaryDirectory(dir=_writable(kept and kept.parent)) as folder:
+                built = _build(compiler, Path(folder))
+                if kept is None or not _writable(kept.parent):
+                    return ctypes.CDLL(str(built)), f"compiled by {compiler}, for this process only"
+                os.replace(built, kept)
+        return ctypes.CDLL(str(kept)), f"compiled by {compiler}"
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip().splitlines()
+        return None, f"none: {said[-1] if said else error}"
+
+
+def _build(compiler: str, folder: Path) -> Path:
+    built = folder / "kernels.so"
+    subprocess.run([compiler, *FLAGS, *map(str, sorted(HERE.glob("*.cpp"))), "-o", str(built)], check=True, capture_output=True, timeout=TIMEOUT)
+    # in a process of its own, as an instruction that the processor only claims to have would end this one
+    subprocess.run([sys.executable, "-P", str(HERE / "check.py"), str(built)], check=True, capture_output=True, timeout=TIMEOUT)
+    return built
+
+
+def _off() -> bool:
+    return os.environ.get(SWITCH) == "off" or sys.platform == "win32"
 
 
 def _compiler() -> str | None:
