@@ -9,10 +9,11 @@ from transformers.activations import ACT2FN
 
 from luthier.compute import products
 from luthier.compute.attention import Call
-from luthier.compute.block import FusedBlock, Sublayer
+from luthier.compute.block import FusedBlock
+from luthier.compute.joins import Join
 from luthier.compute.packed_attention import PackedAttention
 from luthier.compute.packing import Packing
-from luthier.compute.pieces import Activation, Dropout, LayerNorm, Local, local
+from luthier.compute.pieces import Activation, Dropout, LayerNorm, Local, RMSNorm, local
 from luthier.compute.products import Linear
 from luthier.compute.tape import Piece
 
@@ -31,7 +32,8 @@ def linear(width: int, out: int) -> nn.Linear:
 def through(x: torch.Tensor, *pieces: Piece, tokens: torch.Tensor | None = None) -> torch.Tensor:
     """2 (x + pieces(x)) of packed rows, with the same numbers drawn each time."""
     torch.manual_seed(0)
-    return FusedBlock(Sublayer(pieces, None), Sublayer([local(nn.Identity())], None), causal=False)(x, PACKING, tokens)  # type: ignore[arg-type]
+    bare = Join((), None, False)
+    return FusedBlock((bare, bare, bare), pieces, [local(nn.Identity())], causal=False)(x, PACKING, tokens)  # type: ignore[arg-type]
 
 
 def rows(width: int) -> torch.Tensor:
@@ -53,7 +55,7 @@ def test_an_activation_is_known_by_what_it_computes(name: str, kernel: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "module,kind", [(nn.LayerNorm(6), LayerNorm), (nn.LayerNorm(6, bias=False), LayerNorm), (nn.RMSNorm(6), Local), (nn.Dropout(0.4), Dropout)], ids=str
+    "module,kind", [(nn.LayerNorm(6), LayerNorm), (nn.LayerNorm(6, bias=False), LayerNorm), (nn.RMSNorm(6, eps=1e-5), RMSNorm), (nn.RMSNorm(6), Local), (nn.Dropout(0.4), Dropout)], ids=str
 )
 @pytest.mark.parametrize("learns", [True, False])
 def test_gradients_against_differences(module: nn.Module, kind: type[Piece], learns: bool) -> None:
@@ -85,7 +87,7 @@ def test_only_weights_that_stay_are_laid_out_and_answer_as_the_plain_ones_do() -
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_attention_against_differences(pooled: bool, causal: bool) -> None:
-    piece = PackedAttention(Call(nn.Dropout().train(), heads=2, scale=0.7, dropout=0.3, causal=causal, plain=True))
+    piece = PackedAttention(Call(nn.Dropout().train(), heads=2, groups=2, width=2, scale=0.7, dropout=0.3, causal=causal, plain=True))
     assert PACKING
     tokens = PACKING.ends(last=True) if pooled else None
     project = local(linear(4, 12))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import weakref
 from collections.abc import Collection, Iterator
 
@@ -55,6 +56,8 @@ def running(model: nn.Module, device: str | torch.device, precision: str) -> Ite
 def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, undo: contextlib.ExitStack) -> None:
     _inside.add(model)
     undo.callback(_inside.discard, model)
+    gc.freeze()  # what is there now stays; looking through it again and again took 3 % of a small model's training step
+    undo.callback(gc.unfreeze)
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         if config._attn_implementation == "sdpa":
             config._attn_implementation = {"": attention.NAME}  # type: ignore[assignment]  # of itself alone, and not of the configs inside it

@@ -29,11 +29,15 @@ LONGEST = 384  # keys; beyond it torch's own route, which never holds all weight
 class Call:
     """How a model asked for attention: by which module, with what dropout in training.
 
-    plain  whether it was nothing but softmax(scale * q @ k^T) @ v, causal or not, with as many heads of keys as of queries
+    groups  heads of keys and values
+    width   of a head
+    plain   whether it was nothing but softmax(scale * q @ k^T) @ v, causal or not
     """
 
     module: nn.Module
     heads: int
+    groups: int
+    width: int
     scale: float
     dropout: float
     causal: bool
@@ -73,8 +77,8 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if _heard is not None:
-        simple = query.shape[1] == key.shape[1] and key.shape == value.shape and position_bias is None and all(x is None or x is False or name in HARMLESS for name, x in kwargs.items())
-        _heard.append(Call(module, query.shape[1], scale, dropout, causal, simple))
+        simple = key.shape == value.shape and position_bias is None and all(x is None or x is False or name in HARMLESS for name, x in kwargs.items())
+        _heard.append(Call(module, query.shape[1], key.shape[1], query.shape[3], scale, dropout, causal, simple))
     if not plain_is_faster(query, key, dropout):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **kwargs)  # type: ignore[return-value]
     groups = getattr(module, "num_key_value_groups", 1)

@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from luthier.anatomy import Block
 from luthier.anatomy.structure import is_norm
 from luthier.compute.attention import Call
-from luthier.compute.packed_attention import PackedAttention
+from luthier.compute.joins import Join, join
+from luthier.compute.packed_attention import packed_attention
 from luthier.compute.packing import Packing
-from luthier.compute.pieces import local
+from luthier.compute.pieces import gated, local
 from luthier.compute.products import Linear
 from luthier.compute.tape import Piece, Tape
 from luthier.methods.changes import Changed, stock_class
@@ -28,58 +29,55 @@ from luthier.methods.changes import Changed, stock_class
 Step = nn.Module | Call
 
 
-class Sublayer:
-    """x + core(x), then perhaps a norm of the sum."""
-
-    def __init__(self, core: Sequence[Piece], norm: Piece | None):
-        self.core, self.norm = core, norm
-
-    @property
-    def pieces(self) -> list[Piece]:
-        return [*self.core, *([self.norm] if self.norm else [])]
-
-    def forward(self, x: Tensor, tape: Tape, tokens: Tensor | None = None) -> Tensor:
-        """tokens: which ones of x the core answers for; None: all"""
-        y = x
-        for piece in self.core:
-            y = tape.run(piece, y)
-        total = (x if tokens is None else x[tokens]) + y
-        return total if self.norm is None else tape.run(self.norm, total)  # type: ignore[no-any-return]
-
-    def backward(self, d: Tensor, tape: Tape, tokens: Tensor | None = None) -> Tensor | None:
-        """The gradient of x, or None where it is not wanted."""
-        if self.norm is not None:
-            d = tape.back(self.norm, d)
-        d_x: Tensor | None = d
-        for piece in reversed(self.core):
-            if d_x is not None:
-                d_x = tape.back(piece, d_x)
-        if d_x is None:
-            return None
-        return d + d_x if tokens is None else d_x.to(d.dtype, copy=True).index_add_(0, tokens, d)
-
-
 class FusedBlock:
-    """What a block computes, on packed rows (N, d), with its gradient."""
+    """What a block computes, on packed rows (N, d), with its gradient: two sublayers, each of which reads what one join hands on and answers to the next."""
 
-    def __init__(self, attention: Sublayer, mlp: Sublayer, causal: bool):
-        self.attention, self.mlp, self.causal = attention, mlp, causal
-        self.pieces = [*attention.pieces, *mlp.pieces]
+    def __init__(self, joins: tuple[Join, Join, Join], attention: Sequence[Piece], mlp: Sequence[Piece], causal: bool):
+        self.joins, self.attention, self.mlp, self.causal = joins, list(attention), list(mlp), causal
+        self.pieces = [*joins[0].pieces, *attention, *joins[1].pieces, *mlp, *joins[2].pieces]
 
-    def __call__(self, x: Tensor, packing: Packing, tokens: Tensor | None = None) -> Tensor:
-        """(N, d), or (B, d) where only `tokens`, one of each row (B,), leave the block."""
+    def __call__(self, x: Tensor, packing: Packing, tokens: Tensor | None = None, turns: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(N, d), or (B, d) where only `tokens`, one of each row (B,), leave the block. turns: see Tape"""
         inputs = [piece.tensors() for piece in self.pieces]
         flat = [x for own in inputs for x in own]
         learns = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *flat))
-        tape = Tape(self.pieces, inputs, packing, tokens, learns and x.requires_grad, learns)
+        tape = Tape(self.pieces, inputs, packing, tokens, turns, learns and x.requires_grad, learns)
         return _Pass.apply(self, tape, x, *flat) if learns else self.forward(x, tape)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        return self.mlp.forward(self.attention.forward(x, tape, tape.tokens), tape)
+        start, between, end = self.joins
+        x, h = start.forward(x, None, tape)
+        y = _through(self.attention, h, tape)
+        x, h = between.forward(x if tape.tokens is None else x[tape.tokens], y, tape)
+        return end.forward(x, _through(self.mlp, h, tape), tape)[0]
 
     def backward(self, d: Tensor, tape: Tape) -> Tensor | None:
-        d_x = self.mlp.backward(d, tape)
-        return None if d_x is None else self.attention.backward(d_x, tape, tape.tokens)
+        """The gradient of x, or None where it is not wanted."""
+        start, between, end = self.joins
+        d_x, d_y = end.backward(d, None, tape)
+        d_h = _back(self.mlp, d_y, tape)
+        if d_x is None or d_h is None:
+            return None
+        d_x, d_y = between.backward(d_x, d_h, tape)
+        d_h = _back(self.attention, d_y, tape)
+        if d_x is None or d_h is None:
+            return None
+        if tape.tokens is not None:
+            d_x = d_x.new_zeros(len(d_h), d_x.shape[1]).index_copy_(0, tape.tokens, d_x)
+        return start.backward(d_x, d_h, tape)[0]
+
+
+def _through(pieces: Sequence[Piece], h: Tensor, tape: Tape) -> Tensor:
+    for piece in pieces:
+        h = tape.run(piece, h)
+    return h
+
+
+def _back(pieces: Sequence[Piece], d: Tensor | None, tape: Tape) -> Tensor | None:
+    for piece in reversed(pieces):
+        if d is not None:
+            d = tape.back(piece, d)
+    return d
 
 
 class _Pass(torch.autograd.Function):
@@ -106,19 +104,23 @@ class _Pass(torch.autograd.Function):
         return None, None, None if d_x is None else d_x.to(ctx.type), *gradients
 
 
-def read(block: Block, steps: Sequence[Step], dtype: torch.dtype | None, learning: bool) -> FusedBlock | None:
+def read(block: Block, steps: Sequence[Step], turned: int, dtype: torch.dtype | None, learning: bool) -> FusedBlock | None:
     """The block that went through `steps` (its innermost modules and its attention, in the order of the forward pass) in one forward pass, or None.
 
+    turned    numbers of a head that rotary positions turn
     dtype     of the products; None: that of their input
     learning  whether what is open for training changes from one forward pass to the next
     """
     sites = {role: site.module for role, site in block.sites.items()}
-    if any(role.startswith(("cross_attention", "mlp.gate")) for role in sites):
+    if any(role.startswith("cross_attention") for role in sites):
         return None
     qkv = list(dict.fromkeys(sites[f"attention.{part}"] for part in ("query", "key", "value")))
-    output, up, down = sites["attention.output"], sites["mlp.up"], sites["mlp.down"]
-    linears = (*qkv, output, up, down)
-    if not all(stock_class(m) in (nn.Linear, Conv1D) for m in linears) or any(change.method.draws for m in linears if isinstance(m, Changed) for change in m.changes()):
+    output, down = sites["attention.output"], sites["mlp.down"]
+    opening = [sites[role] for role in ("mlp.gate", "mlp.up") if role in sites]
+    linears = (*qkv, output, *opening, down)
+    if not all(stock_class(m) in (nn.Linear, Conv1D) for m in linears) or any(
+        change.method.draws for m in linears if isinstance(m, Changed) for change in m.changes()
+    ):
         return None
     left = [step for step in steps if not isinstance(step, nn.Identity)]
 
@@ -142,22 +144,28 @@ def read(block: Block, steps: Sequence[Step], dtype: torch.dtype | None, learnin
     if take(1) != [output] or not call.plain:  # type: ignore[union-attr]
         return None
     attention_after, between = after(), norm()
-    if take(1) != [up] or not left or isinstance(left[0], Call) or _has_numbers(left[0]):
-        return None
-    (activation,) = take(1)
-    if take(1) != [down]:
+    opened = take(len(opening) + 1)
+    acts = [step for step in opened if step not in opening]
+    if len(acts) != 1 or isinstance(acts[0], Call) or _has_numbers(acts[0]) or take(1) != [down]:
         return None
     mlp_after, last = after(), norm()
     if left or (before is None) == (last is None) or between is None:
         return None
 
-    def pieces(*modules: nn.Module | None) -> list[Piece]:
-        return [local(module) for module in modules if module is not None]
-
-    first = [*pieces(before), Linear(qkv, dtype, learning), PackedAttention(call), Linear([output], dtype, learning), *pieces(*attention_after)]  # type: ignore[arg-type]
-    second = [*pieces(between if before is not None else None), Linear([up], dtype, learning), *pieces(activation), Linear([down], dtype, learning), *pieces(*mlp_after)]  # type: ignore[arg-type]
-    norms = [local(between), local(last)] if before is None else [None, None]  # type: ignore[arg-type]
-    return FusedBlock(Sublayer(first, norms[0]), Sublayer(second, norms[1]), call.causal)  # type: ignore[union-attr]
+    early = before is not None  # norms stand before the sublayers
+    kind = dtype or next(output.parameters()).dtype
+    joins = (
+        join((), before, False, kind) if early else Join((), None, False),
+        join(attention_after, between, not early, kind),
+        join(mlp_after, last, True, kind, last=True),
+    )
+    middle = packed_attention(call, turned, kind)  # type: ignore[arg-type]
+    activation = local(acts[0]) if len(opening) == 1 else gated(acts[0], kind)
+    if middle is None or activation is None:
+        return None
+    attends = [Linear(qkv, dtype, learning), middle, Linear([output], dtype, learning)]
+    thinks = [Linear(opening, dtype, learning), activation, Linear([down], dtype, learning)]
+    return FusedBlock(joins, attends, thinks, call.causal)  # type: ignore[union-attr]
 
 
 def _scales(step: Step) -> bool:

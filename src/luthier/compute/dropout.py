@@ -33,6 +33,11 @@ def multipliers(like: Tensor, p: float) -> Tensor:
     return kept.to(like.dtype).mul_(factor)
 
 
+def seeds() -> Tensor:
+    """(2,) int32 from torch's stream: what a kernel makes a mask of, and the same mask again."""
+    return torch.empty(2, dtype=torch.int32).random_()
+
+
 @functools.cache
 def _bits(x: float, dtype: torch.dtype) -> int:
     return int(torch.tensor(x, dtype=dtype).view(torch.int16))

@@ -19,6 +19,7 @@ from luthier.methods.changes import Changed
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}  # of outputs of the two ways, of the largest
 ROUGH = 5e-2  # in other types
 ROWS = 2  # that are tried
+TURNS = "position_embeddings"  # the argument of a block that brings cosines and sines of rotary positions
 UNUSUAL = ("past_key_values", "use_cache", "output_attentions", "output_hidden_states", "inputs_embeds", "encoder_hidden_states", "decoder_input_ids", "head_mask")
 
 
@@ -36,6 +37,7 @@ class Fusing:
         self.leave = {id(module) for module in leave}
         self.blocks: dict[nn.Module, FusedBlock] = {}
         self.calls: list[nn.Module] = []  # the modules of all blocks, in the order of the forward pass
+        self.turned: dict[nn.Module, int] = {}  # numbers of a head that rotary positions turn in each
         self.own: dict[nn.Module, Any] = {}  # what stood in the place of forward functions that are replaced
         self.known = False
         self.leaves: str | None = None  # first or last: the only token of a row that matters behind the last block
@@ -74,6 +76,7 @@ class Fusing:
         self.packing: Packing | None = None
         self.at = 0  # the next call
         self.handed: Tensor | None = None  # what the last fused block handed on in packed form
+        self.turns: tuple[Any, tuple[Tensor, Tensor]] | None = None  # of rotary positions: what the last block was given, and the same packed
 
     def _find_out(self, inputs: dict[str, Any]) -> None:
         """By `forward` itself: the hooks of the model, its own and those of others, belong to the pass that is under way."""
@@ -102,7 +105,7 @@ class Fusing:
         self._replace()
 
     def _read(self, blocks: list[Block], steps: dict[nn.Module, list[Step]], dtype: torch.dtype | None) -> dict[nn.Module, FusedBlock]:
-        return {b.module: found for b in blocks if (found := block.read(b, steps[b.module], dtype, self.learning))}
+        return {b.module: found for b in blocks if (found := block.read(b, steps[b.module], self.turned.get(b.module, 0), dtype, self.learning))}
 
     def _trace(self, inputs: dict[str, Any]) -> dict[nn.Module, list[Step]]:
         """The innermost modules and the attention that each block goes through once in training."""
@@ -111,6 +114,7 @@ class Fusing:
         hooks = []
         for module in steps:
             hooks.append(module.register_forward_pre_hook(lambda *_: heard.clear()))
+            hooks.append(module.register_forward_pre_hook(self._hear_turns, with_kwargs=True))
             hooks.append(module.register_forward_hook(lambda m, *_: steps.__setitem__(m, list(heard))))
             changed = [m for m in module.modules() if isinstance(m, Changed)]
             inner = {id(child) for m in changed for child in m.modules() if child is not m}
@@ -125,6 +129,10 @@ class Fusing:
             for hook in hooks:
                 hook.remove()
         return steps
+
+    def _hear_turns(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get(TURNS) is not None:
+            self.turned[module] = kwargs[TURNS][0].shape[-1]
 
     def _same(self, inputs: dict[str, Any]) -> Any:
         """The model's output with fused blocks if it is the one without them, else None."""
@@ -191,11 +199,12 @@ class Fusing:
         else:
             x = x[0]
         ends = self.at == len(self.calls)
+        turns = self._turns(kwargs[TURNS]) if self.turned.get(module) else None
         with torch.autocast("cpu", enabled=False):
             if ends and self.leaves:
                 tokens = self.packing.ends(self.leaves == "last")
-                return self.packing.unpack(self.blocks[module](x, self.packing, tokens), tokens)
-            x = self.blocks[module](x, self.packing)
+                return self.packing.unpack(self.blocks[module](x, self.packing, tokens, turns), tokens)
+            x = self.blocks[module](x, self.packing, None, turns)
         if ends and self.noise:
             tokens = self.packing.ends(self.noise == "last")
             x = torch.randn_like(x).index_copy(0, tokens, x[tokens])
@@ -204,6 +213,14 @@ class Fusing:
             return self.handed
         self.handed = None
         return self.packing.unpack(x)
+
+    def _turns(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (1 or B, T, k) -> (N, k) each"""
+        assert self.packing
+        if self.turns is None or self.turns[0] is not given:
+            cosines, sines = (self.packing.pack(x.expand(self.packing.shape[0], -1, -1)).float().contiguous() for x in given)
+            self.turns = given, (cosines, sines)
+        return self.turns[1]
 
 
 def _answer(found: Any, inputs: dict[str, Any]) -> Tensor:

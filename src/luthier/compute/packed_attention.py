@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from luthier.compute.attention import Call
-from luthier.compute.dropout import multipliers
+from luthier.compute.dropout import multipliers, seeds
+from luthier.compute.kernels import kernel, memory
 from luthier.compute.tape import Piece, Tape, Tensors, Wants
 
 SHORT = 64  # tokens; rows up to here are attended in float32 whatever the products' type: torch's softmax is slower in bf16
@@ -16,7 +17,10 @@ _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
 
 class PackedAttention(Piece):
-    """Queries, keys and values side by side (N, 3 d) -> what each token saw (N, d), or (B, d) of those alone that leave the block."""
+    """Queries, keys and values side by side (N, 3 d) -> what each token saw (N, d), or (B, d) of those alone that leave the block.
+
+    As many heads of keys as of queries, and no rotary positions.
+    """
 
     def __init__(self, call: Call):
         self.call = call
@@ -79,6 +83,54 @@ class PackedAttention(Piece):
         parts, all_heads, length, width = x.shape
         heads = all_heads // rows
         out.view(rows, length, parts, heads, width).copy_(x.view(parts, rows, heads, length, width).permute(1, 3, 0, 2, 4))
+
+
+class KernelAttention(Piece):
+    """By one kernel each way, which keeps no weights. Groups of heads may share their keys and values, and rotary positions turn queries and keys first."""
+
+    def __init__(self, call: Call, dtype: torch.dtype):
+        self.call = call
+        self._forward, self._backward = kernel("attention_forward", dtype), kernel("attention_backward", dtype)
+
+    def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
+        assert self._forward
+        rows, width = _rows(tape), self.call.heads * self.call.width
+        drops = seeds() if self.call.module.training and self.call.dropout else None
+        out = x.new_zeros(len(rows), width) if tape.tokens is not None else x.new_empty(len(x), width)
+        if tape.packing.spare and tape.tokens is None:
+            out[-tape.packing.spare :] = 0
+        normaliser = torch.empty(len(out), self.call.heads) if tape.flows else None
+        self._forward(len(rows), memory(rows), *self._layout(tape), memory(x), memory(drops), self.call.dropout, memory(out), memory(normaliser))
+        tape.keep(x, normaliser, drops)
+        return out
+
+    def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor, Tensors]:
+        x, normaliser, drops = kept
+        assert x is not None and self._backward
+        rows, d_x = _rows(tape), torch.empty_like(x)
+        self._backward(
+            len(x), len(rows), memory(rows), *self._layout(tape), memory(x), memory(d.to(x.dtype).contiguous()), memory(normaliser), memory(drops), self.call.dropout, memory(d_x),
+        )  # fmt: skip
+        return d_x, ()
+
+    def _layout(self, tape: Tape) -> tuple[object, ...]:
+        cosines, sines = tape.turns or (None, None)
+        return self.call.heads, self.call.groups, self.call.width, self.call.causal, self.call.scale, memory(cosines), memory(sines)
+
+
+def packed_attention(call: Call, turned: int, dtype: torch.dtype) -> Piece | None:
+    """By the kernel where there is one for this type; None where nothing here can do it. turned: numbers of a head that rotary positions turn."""
+    if kernel("attention_forward", dtype) and turned in (0, call.width):
+        return KernelAttention(call, dtype)
+    return PackedAttention(call) if call.groups == call.heads and not turned else None
+
+
+def _rows(tape: Tape) -> Tensor:
+    """(B, 5): of each row the first of its keys, how many, the first of its queries, how many, and where their answers go."""
+    first, length = tape.packing.rows.unbind(1)
+    if tape.tokens is None:
+        return torch.stack([first, length, first, length, first], 1)
+    return torch.stack([first, length, tape.tokens, torch.ones_like(first), torch.arange(len(first))], 1)
 
 
 def _sources(x: Tensor, width: int, tape: Tape) -> list[Tensor]:

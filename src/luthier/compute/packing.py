@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -56,10 +57,15 @@ class Packing:
         first, rows, length = self.groups[-1]
         return first + rows * length + self.spare
 
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """(B, 2): of each packed row, its first token and how many it has."""
+        return torch.tensor([(first + row * length, length) for first, rows, length in self.groups for row in range(rows)])
+
     def ends(self, last: bool) -> Tensor:
         """(B,): of each packed row, where its first or last token is."""
-        found = [torch.arange(first + (length - 1 if last else 0), first + rows * length, length) for first, rows, length in self.groups]
-        return torch.cat(found)
+        first, length = self.rows.unbind(1)
+        return first + length - 1 if last else first
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, d) -> (N, d), with the spare ones"""

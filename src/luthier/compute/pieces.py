@@ -9,21 +9,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier.compute.dropout import multipliers
+from luthier.compute.kernels import kernel, memory
 from luthier.compute.tape import Piece, Tape, Tensors, Wants
 
 _aten = torch.ops.aten
 Forward = Callable[[Tensor, Tensor], object]  # (x, where to write)
 Backward = Callable[[Tensor, Tensor, Tensor], object]  # (gradient, x, where to write)
-# the function, its kernel forward and backward
-KERNELS: tuple[tuple[Callable[[Tensor], Tensor], Forward, Backward], ...] = (
-    (functional.gelu, lambda x, out: _aten.gelu.out(x, out=out), lambda d, x, out: _aten.gelu_backward.grad_input(d, x, grad_input=out)),
+# the function, its kernel here, and those of torch forward and backward
+ACTIVATIONS: tuple[tuple[Callable[[Tensor], Tensor], str, Forward, Backward], ...] = (
+    (functional.gelu, "gelu", lambda x, out: _aten.gelu.out(x, out=out), lambda d, x, out: _aten.gelu_backward.grad_input(d, x, grad_input=out)),
     (
         lambda x: functional.gelu(x, approximate="tanh"),
+        "gelu_tanh",
         lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
         lambda d, x, out: _aten.gelu_backward.grad_input(d, x, approximate="tanh", grad_input=out),
     ),
-    (functional.relu, lambda x, out: torch.clamp_min(x, 0, out=out), lambda d, x, out: _aten.threshold_backward.grad_input(d, x, 0, grad_input=out)),
-    (functional.silu, lambda x, out: _aten.silu.out(x, out=out), lambda d, x, out: _aten.silu_backward.grad_input(d, x, grad_input=out)),
+    (functional.relu, "relu", lambda x, out: torch.clamp_min(x, 0, out=out), lambda d, x, out: _aten.threshold_backward.grad_input(d, x, 0, grad_input=out)),
+    (functional.silu, "silu", lambda x, out: _aten.silu.out(x, out=out), lambda d, x, out: _aten.silu_backward.grad_input(d, x, grad_input=out)),
 )
 
 
@@ -54,7 +56,7 @@ class Local(Piece):
 
 class LayerNorm(Piece):
     def __init__(self, module: nn.LayerNorm):
-        self.module = module
+        self.module, self.eps = module, module.eps
 
     def tensors(self) -> Tensors:
         return self.module.weight, self.module.bias
@@ -71,23 +73,62 @@ class LayerNorm(Piece):
         return d_x, tuple(gradients)
 
 
-class Activation(Piece):
-    """By one of torch's kernels."""
+class RMSNorm(Local):
+    """Of any name, as long as it is x / sqrt(mean(x^2) + eps) * weight."""
 
-    def __init__(self, forward: Forward, backward: Backward):
-        self.kernels = forward, backward
+    def __init__(self, module: nn.Module, eps: float):
+        super().__init__(module)
+        self.eps = eps
+
+
+class Activation(Piece):
+    """By the kernel of that name where there is one, else by torch's."""
+
+    def __init__(self, name: str, forward: Forward, backward: Backward):
+        self.name, self.of_torch = name, (forward, backward)
 
     def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
-        tape.keep(x)
         y = torch.empty_like(x)
-        self.kernels[0](x, y)
+        if run := kernel(self.name, x.dtype):
+            slopes = torch.empty_like(x) if tape.flows else None
+            run(x.numel(), memory(x), memory(y), memory(slopes))
+            tape.keep(slopes)
+        else:
+            self.of_torch[0](x, y)
+            tape.keep(x)
         return y
 
     def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
         (x,) = kept
         assert x is not None
+        d = d.to(x.dtype)
+        if kernel(self.name, x.dtype):
+            return d * x, ()  # x are the slopes
         d_x = torch.empty_like(x)
-        self.kernels[1](d.to(x.dtype), x, d_x)
+        self.of_torch[1](d, x, d_x)
+        return d_x, ()
+
+
+class Gated(Piece):
+    """f(gate) * up of both side by side, by a kernel."""
+
+    def __init__(self, name: str):
+        self.name = f"gated_{name}"
+
+    def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
+        tape.keep(x)
+        rows, width = len(x), x.shape[1] // 2
+        y, run = x.new_empty(rows, width), kernel(self.name, x.dtype)
+        assert run
+        run(rows, width, memory(x), None, memory(y))
+        return y
+
+    def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
+        (x,) = kept
+        assert x is not None
+        d, d_x, run = d.to(x.dtype), torch.empty_like(x), kernel(self.name, x.dtype)
+        assert run
+        run(*d.shape, memory(x), memory(d), memory(d_x))
         return d_x, ()
 
 
@@ -119,10 +160,18 @@ def local(module: nn.Module) -> Piece:
     if type(module) is nn.Dropout:
         return Dropout(module)
     if not any(True for _ in module.parameters()):
-        for function, forward, backward in KERNELS:
+        for function, name, forward, backward in ACTIVATIONS:
             if _equal(module, function):
-                return Activation(forward, backward)
+                return Activation(name, forward, backward)
+    if (eps := _rms_eps(module)) is not None:
+        return RMSNorm(module, eps)
     return Local(module)
+
+
+def gated(activation: nn.Module, dtype: torch.dtype) -> Piece | None:
+    """The piece for what an activation lets through, in this type; None where there is no kernel for it."""
+    found = local(activation)
+    return Gated(found.name) if isinstance(found, Activation) and kernel(f"gated_{found.name}", dtype) else None
 
 
 def _equal(module: nn.Module, function: Callable[[Tensor], Tensor]) -> bool:
@@ -131,3 +180,16 @@ def _equal(module: nn.Module, function: Callable[[Tensor], Tensor]) -> bool:
     with torch.no_grad():
         found: Tensor = module(x)
     return found.shape == x.shape and torch.allclose(found, function(x), rtol=1e-9, atol=1e-12)
+
+
+def _rms_eps(module: nn.Module) -> float | None:
+    """The eps of a norm by root mean squares, which has many names too and is known by its values; None for any other module."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weights = list(module.parameters())
+    if not isinstance(eps, float) or len(weights) != 1 or weights[0].dim() != 1:
+        return None
+    x = torch.randn(2, len(weights[0]), generator=torch.Generator().manual_seed(0)).to(weights[0])
+    with torch.no_grad():
+        found: Tensor = module(x)
+        expected = x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weights[0]
+    return eps if found.shape == x.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-6) else None

@@ -34,13 +34,14 @@ class Tape:
     """One forward pass through a block on packed rows and, if anything in it or below it learns, its backward pass.
 
     tokens  which ones of the packed tokens leave the block; None: all
+    turns   cosines and sines (N, head's width) by which queries and keys are turned where positions are rotary
     flows   whether a gradient is wanted of what has been computed so far
     """
 
-    def __init__(self, pieces: Sequence[Piece], inputs: Sequence[Tensors], packing: Packing, tokens: Tensor | None, flows: bool, learns: bool):
+    def __init__(self, pieces: Sequence[Piece], inputs: Sequence[Tensors], packing: Packing, tokens: Tensor | None, turns: tuple[Tensor, Tensor] | None, flows: bool, learns: bool):
         self.inputs: dict[Piece, Tensors] = dict(zip(pieces, inputs, strict=True))
         self.wants = {piece: tuple(learns and x is not None and x.requires_grad for x in own) for piece, own in self.inputs.items()}
-        self.packing, self.tokens, self.flows = packing, tokens, flows
+        self.packing, self.tokens, self.turns, self.flows = packing, tokens, turns, flows
         self.kept: list[Tensor | None] = []
         self.gradients: dict[Piece, Tensors] = {}
         self._left: list[tuple[bool, int]] = []  # of `_marks`, on the way back

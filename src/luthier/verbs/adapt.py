@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier import machine
+from luthier.compute import kernels
 from luthier.errors import UserError
 from luthier.methods import loading, saving
 from luthier.methods.engine import Fitted, install
@@ -61,6 +62,7 @@ def adapt(
     folder = RunFolder(out) if leads else Followed(out)
     folder.check(overwrite=overwrite, resume=resume, reads=[recipe.model, *loading.chain(recipe.model), *([recipe.data] if rows is None else [])])
     machine.ensure(console.say)
+    kernels.ensure(console.say)
     job = prepare(recipe, rows, device)
     report = preflight.examine(job, folder.path, device)
     for line in report.lines:

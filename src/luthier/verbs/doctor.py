@@ -23,11 +23,14 @@ TRUST = (
 
 def doctor(again: bool = False, console: Any = None) -> dict[str, Any]:
     """Facts as plain values. again: measure anew."""
+    from luthier.compute import kernels
     from luthier.verbs.console import Console
 
     if again:
         forget()
-    answer = machine.ensure((console or Console()).say)
+    say = (console or Console()).say
+    answer = machine.ensure(say)
+    kernels.ensure(say)
     precision, why = machine.choose_precision("auto", "cpu")
     found = machine.memory()
     return {
@@ -38,6 +41,7 @@ def doctor(again: bool = False, console: Any = None) -> dict[str, Any]:
         "trials": {setting: {kind: _shown(trial) for kind, trial in types.items()} for setting, types in answer.trials.items()} if answer else {},
         "copy_gb_per_s": round(answer.bandwidth / 1e9, 1) if answer else None,
         "chosen": {"precision": precision, "why": why, "cap": _cap(answer)},
+        "kernels": kernels.outcome(),
         "cache": cache_file() if answer else None,
         "versions": {"python": platform.python_version(), **_versions()},
         "never": list(TRUST),
@@ -57,6 +61,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         out.append(f"copying    {facts['copy_gb_per_s']} GB/s")
     out.append(f"chosen     {facts['chosen']['precision']}: {facts['chosen']['why']}")
     out.append(f"oneDNN     {facts['chosen']['cap']}")
+    out.append(f"kernels    {facts['kernels']}")
     out.append(f"kept in    {facts['cache'] or 'nothing: no cache folder can be written, so nothing is measured'}")
     out.append("versions   " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     return out + [f"never      {line}" for line in facts["never"]]

@@ -1,0 +1,96 @@
+"""The arms of luthier. Its number type is its own choice, except where an arm of encoding names one."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from given import CLASSES, RATES, Clock, Enough, memory_mb, passes, pictures
+
+import luthier  # before torch, whose cap it sets
+
+
+def adapt(task: str, method: str, data: str, model: str, batch: int, max_length: int, epochs: int, steps: int | None, seed: int) -> dict[str, Any]:
+    """As the command line does it with these settings."""
+    from luthier.verbs.console import Console
+
+    clock = Clock(steps)
+
+    class Watch(Console):
+        @contextlib.contextmanager
+        def progress(self, label: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
+            yield clock if label == "training" else lambda count, text="": None
+
+    settings: dict[str, Any] = {"task": task, "method": method, "batch_size": batch, "max_length": max_length, "lr": RATES[method], "seed": seed, "epochs": epochs, "max_steps": steps, "baselines": False, "console": Watch(quiet=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run = luthier.adapt(model, data, out=f"{folder}/run", **settings)
+        except Enough:
+            job = luthier.adapt(model, data, out=f"{folder}/plan", dry_run=True, **settings)
+            return {"ends": clock.ends, "precision": job.precision, "tokens": _tokens(job)[:steps]}
+        assert isinstance(run, luthier.Run)
+        record = run.record.content
+    return {"ends": clock.ends, "seconds": record["resources"]["seconds"], "precision": record["training"]["precision"], "accuracy": record["metrics"]["accuracy"]["value"]}
+
+
+def _tokens(job: Any) -> list[int]:
+    """Of each batch of the first pass, padding aside: which rows it holds is fixed by seed and pass."""
+    from luthier.training.batching import epoch_batches
+
+    lengths = [row.length for row in job.features["train"]]
+    return [sum(lengths[row] for row in rows) for rows in epoch_batches(lengths, job.recipe.batch_size, job.recipe.seed, 0)]
+
+
+def apply_to_pictures(method: str, model: str, batch: int, side: int, steps: int, seed: int) -> dict[str, Any]:
+    """`luthier.apply` in a loop of one's own, as it has no task for pictures."""
+    import torch
+    from transformers import AutoModelForImageClassification, default_data_collator
+
+    torch.manual_seed(seed)
+    net = luthier.apply(AutoModelForImageClassification.from_pretrained(model, num_labels=CLASSES, dtype=torch.float32), method, seed=seed)
+    return _loop(net, torch.utils.data.DataLoader(pictures(side), batch, shuffle=True, collate_fn=default_data_collator), RATES[method], steps)  # type: ignore[arg-type]
+
+
+def apply_to_random_bert(method: str, width: int, length: int, batch: int, steps: int, seed: int) -> dict[str, Any]:
+    """Steps over rows of one length, of a random encoder of four blocks with heads of 64."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    before = memory_mb("VmRSS")
+    torch.manual_seed(seed)
+    config = BertConfig(vocab_size=1000, hidden_size=width, num_hidden_layers=4, num_attention_heads=width // 64, intermediate_size=4 * width, max_position_embeddings=512)
+    net = luthier.apply(BertForSequenceClassification(config), method, seed=seed)
+    ids = torch.randint(1000, (batch, length))
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch) % 2}
+    return {**_loop(net, [rows], 1e-4, steps), "before_mb": before, "trainable": sum(p.numel() for p in net.parameters() if p.requires_grad)}
+
+
+def _loop(net: Any, batches: Iterable[dict[str, Any]], rate: float, steps: int) -> dict[str, Any]:
+    """Over and over the batches by luthier's routes, with the same optimiser and clipping as its own trainer and Trainer."""
+    import torch
+
+    from luthier import compute, machine
+
+    precision = machine.choose_precision("auto", "cpu")[0]
+    learning = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=rate, fused=True)
+    clock = Clock(steps)
+    net.train()
+    with contextlib.suppress(Enough), compute.prepared(net, "cpu", precision):
+        while True:
+            for batch in batches:
+                with compute.autocast("cpu", precision):
+                    loss = net(**batch).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(learning, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                clock()
+    return {"ends": clock.ends, "precision": precision}
+
+
+def encode(data: str, model: str, precision: str) -> dict[str, Any]:
+    encoder = luthier.Encoder.open(model, precision=precision)
+    return {**passes(lambda texts: encoder.embed(texts), data), "precision": precision}

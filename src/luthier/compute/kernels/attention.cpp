@@ -1,0 +1,234 @@
+// Attention on packed rows: every row's tokens see those of their own row. A head's keys and values stay in the second-level cache
+// while blocks of queries go by; weights are never stored, the backward pass computes them again from the queries' normalisers.
+#include <cmath>
+#include <cstdlib>
+#include <omp.h>
+
+#include "vectors.h"
+
+constexpr int64_t QUERIES = 32;  // that go by together
+
+// c (M, 16 N) = or += a (M, K) @ b (K, 16 N); a by strides, so that it may be transposed.
+template <int M, int N>
+INLINE void tile(int64_t K, const float* a, int64_t along_m, int64_t along_k, const float* b, int64_t ldb, float* c, int64_t ldc, bool adds) {
+    Vec sums[M][N];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) sums[m][n] = adds ? load(c + m * ldc + n * LANES) : Vec{};
+    for (int64_t k = 0; k < K; k++) {
+        Vec right[N];
+        for (int n = 0; n < N; n++) right[n] = load(b + k * ldb + n * LANES);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) sums[m][n] += a[m * along_m + k * along_k] * right[n];
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) store(c + m * ldc + n * LANES, sums[m][n]);
+}
+
+template <int N>
+INLINE void column(int64_t M, int64_t K, const float* a, int64_t along_m, int64_t along_k, const float* b, int64_t ldb, float* c, int64_t ldc, bool adds) {
+    int64_t m = 0;
+    for (; m + 4 <= M; m += 4) tile<4, N>(K, a + m * along_m, along_m, along_k, b, ldb, c + m * ldc, ldc, adds);
+    for (; m < M; m++) tile<1, N>(K, a + m * along_m, along_m, along_k, b, ldb, c + m * ldc, ldc, adds);
+}
+
+static void product(int64_t M, int64_t padded, int64_t K, const float* a, int64_t along_m, int64_t along_k, const float* b, int64_t ldb, float* c, int64_t ldc, bool adds) {
+    int64_t n = 0;
+    for (; n + 2 * LANES <= padded; n += 2 * LANES) column<2>(M, K, a, along_m, along_k, b + n, ldb, c + n, ldc, adds);
+    if (n < padded) column<1>(M, K, a, along_m, along_k, b + n, ldb, c + n, ldc, adds);
+}
+
+static int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+// One row of the batch: its keys are tokens first .. first + length - 1; its queries are `asked` tokens from `query` on, whose answers go to rows `answer` on.
+struct Row {
+    int64_t first, length, query, asked, answer;
+};
+
+// Queries, keys and values lie side by side: (tokens, (heads + 2 groups) width), each group of keys serving heads / groups heads of queries.
+struct Layout {
+    int64_t heads, groups, width, causal;
+    double scale;
+    const float *cosines, *sines;  // (tokens, width) of rotary positions, or null
+
+    int64_t stride() const { return (heads + 2 * groups) * width; }
+    int64_t key(int64_t group) const { return (heads + group) * width; }
+    int64_t value(int64_t group) const { return (heads + groups + group) * width; }
+};
+
+// A head's numbers of some tokens, in float32, (count, padded).
+template <class T>
+static void fetch(const T* x, int64_t stride, int64_t count, int64_t width, int64_t padded, float* out) {
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t i = 0; i < padded; i += LANES) store(out + t * padded + i, width > i ? load(x + t * stride + i, width - i) : Vec{});
+}
+
+template <class T>
+static void put(const float* x, int64_t count, int64_t width, int64_t padded, T* out, int64_t stride) {
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t i = 0; i < width; i += LANES) store(out + t * stride + i, load(x + t * padded + i), width - i);
+}
+
+// Turn pairs (i, i + width / 2) of each token by its angles, or back.
+static void turn(float* x, int64_t first, int64_t count, int64_t padded, const Layout& as, bool back) {
+    if (!as.cosines) return;
+    const int64_t half = as.width / 2;
+    for (int64_t t = 0; t < count; t++) {
+        float *a = x + t * padded, *b = a + half;
+        const float *cosine = as.cosines + (first + t) * as.width, *sine = as.sines + (first + t) * as.width;
+        for (int64_t i = 0; i < half; i++) {
+            const float u = a[i], v = b[i];
+            a[i] = back ? u * cosine[i] + v * sine[half + i] : u * cosine[i] - v * sine[i];
+            b[i] = back ? v * cosine[half + i] - u * sine[i] : v * cosine[half + i] + u * sine[half + i];
+        }
+    }
+}
+
+static void transpose(const float* x, int64_t count, int64_t width, int64_t padded, float* out, int64_t columns) {
+    for (int64_t i = 0; i < width; i++)
+        for (int64_t t = 0; t < columns; t++) out[i * columns + t] = t < count ? x[t * padded + i] : 0;
+}
+
+// Numbers of a query's weights, for dropout: those of one head and one query follow each other.
+static uint32_t number(const Layout& as, int64_t query, int64_t head, int64_t length) { return (uint32_t)((query * as.heads + head) * whole(length)); }
+
+static int64_t seen(const Layout& as, const Row& row, int64_t query) { return as.causal ? row.query - row.first + query + 1 : row.length; }
+
+struct Memory {
+    float* start;
+    explicit Memory(int64_t count) : start((float*)aligned_alloc(64, whole(count) * sizeof(float))) {}
+    ~Memory() { free(start); }
+};
+
+template <class T>
+static void forward(int64_t rows, const Row* row, const Layout& as, const T* x, Dropout dropout, bool drops, T* out, float* normaliser) {
+    int64_t longest = 1;
+    for (int64_t r = 0; r < rows; r++) longest = row[r].length > longest ? row[r].length : longest;
+    const int64_t padded = whole(as.width), share = as.heads / as.groups;
+#pragma omp parallel
+    {
+        const int64_t most = whole(longest);
+        Memory memory(2 * most * padded + as.width * most + 2 * QUERIES * padded + QUERIES * most);
+        float *k = memory.start, *v = k + most * padded, *across = v + most * padded, *q = across + as.width * most, *answers = q + QUERIES * padded, *weights = answers + QUERIES * padded;
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t group = 0; group < as.groups; group++) {
+                const Row& at = row[r];
+                const int64_t columns = whole(at.length);
+                fetch(x + at.first * as.stride() + as.key(group), as.stride(), at.length, as.width, padded, k);
+                fetch(x + at.first * as.stride() + as.value(group), as.stride(), at.length, as.width, padded, v);
+                turn(k, at.first, at.length, padded, as, false);
+                transpose(k, at.length, as.width, padded, across, columns);
+                for (int64_t head = group * share; head < (group + 1) * share; head++)
+                    for (int64_t from = 0; from < at.asked; from += QUERIES) {
+                        const int64_t count = at.asked - from < QUERIES ? at.asked - from : QUERIES, keys = seen(as, at, from + count - 1), wide = whole(keys);
+                        fetch(x + (at.query + from) * as.stride() + head * as.width, as.stride(), count, as.width, padded, q);
+                        turn(q, at.query + from, count, padded, as, false);
+                        product(count, wide, as.width, q, padded, 1, across, columns, weights, columns, false);
+                        for (int64_t i = 0; i < count; i++) {
+                            float* w = weights + i * columns;
+                            const int64_t last = seen(as, at, from + i);
+                            for (int64_t j = last; j < wide; j++) w[j] = -INFINITY;
+                            Vec top = all(-INFINITY);
+                            for (int64_t j = 0; j < wide; j += LANES) top = larger(top, load(w + j));
+                            const float highest = largest(top) * (float)as.scale;
+                            Vec total = {};
+                            const uint32_t start = drops ? number(as, at.query + from + i, head, at.length) : 0;
+                            for (int64_t j = 0; j < wide; j += LANES) {
+                                Vec e = exponential(load(w + j) * (float)as.scale - highest);
+                                total += e;
+                                store(w + j, drops ? e * Dropout::factors(start + j, dropout) : e);
+                            }
+                            const float inverse = 1 / sum(total);
+                            for (int64_t j = 0; j < wide; j += LANES) store(w + j, load(w + j) * inverse);
+                            if (normaliser) normaliser[(at.answer + from + i) * as.heads + head] = highest - std::log(inverse);
+                        }
+                        product(count, padded, keys, weights, columns, 1, v, padded, answers, padded, false);
+                        put(answers, count, as.width, padded, out + (at.answer + from) * as.heads * as.width + head * as.width, as.heads * as.width);
+                    }
+            }
+    }
+}
+
+template <class T>
+static void backward(int64_t tokens, int64_t rows, const Row* row, const Layout& as, const T* x, const T* d, const float* normaliser, Dropout dropout, bool drops, T* d_x) {
+    int64_t longest = 1, end = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        longest = row[r].length > longest ? row[r].length : longest;
+        end = row[r].first + row[r].length > end ? row[r].first + row[r].length : end;
+    }
+    memset((void*)(d_x + end * as.stride()), 0, (tokens - end) * as.stride() * sizeof(T));
+    const int64_t padded = whole(as.width), share = as.heads / as.groups;
+#pragma omp parallel
+    {
+        const int64_t most = whole(longest);
+        Memory memory(4 * most * padded + 2 * as.width * most + 3 * QUERIES * padded + 2 * QUERIES * most);
+        float *k = memory.start, *v = k + most * padded, *d_k = v + most * padded, *d_v = d_k + most * padded, *k_across = d_v + most * padded, *v_across = k_across + as.width * most;
+        float *q = v_across + as.width * most, *g = q + QUERIES * padded, *d_q = g + QUERIES * padded, *weights = d_q + QUERIES * padded, *slopes = weights + QUERIES * most;
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t group = 0; group < as.groups; group++) {
+                const Row& at = row[r];
+                const int64_t columns = whole(at.length);
+                fetch(x + at.first * as.stride() + as.key(group), as.stride(), at.length, as.width, padded, k);
+                fetch(x + at.first * as.stride() + as.value(group), as.stride(), at.length, as.width, padded, v);
+                turn(k, at.first, at.length, padded, as, false);
+                transpose(k, at.length, as.width, padded, k_across, columns);
+                transpose(v, at.length, as.width, padded, v_across, columns);
+                memset(d_k, 0, at.length * padded * sizeof(float));
+                memset(d_v, 0, at.length * padded * sizeof(float));
+                for (int64_t head = group * share; head < (group + 1) * share; head++) {
+                    if (at.asked < at.length)  // other tokens asked nothing
+                        for (int64_t t = 0; t < at.length; t++) memset((void*)(d_x + (at.first + t) * as.stride() + head * as.width), 0, as.width * sizeof(T));
+                    for (int64_t from = 0; from < at.asked; from += QUERIES) {
+                        const int64_t count = at.asked - from < QUERIES ? at.asked - from : QUERIES, keys = seen(as, at, from + count - 1), wide = whole(keys);
+                        fetch(x + (at.query + from) * as.stride() + head * as.width, as.stride(), count, as.width, padded, q);
+                        turn(q, at.query + from, count, padded, as, false);
+                        fetch(d + (at.answer + from) * as.heads * as.width + head * as.width, as.heads * as.width, count, as.width, padded, g);
+                        product(count, wide, as.width, q, padded, 1, k_across, columns, weights, columns, false);
+                        product(count, wide, as.width, g, padded, 1, v_across, columns, slopes, columns, false);
+                        for (int64_t i = 0; i < count; i++) {
+                            float *w = weights + i * columns, *s = slopes + i * columns;
+                            const int64_t last = seen(as, at, from + i);
+                            const float level = normaliser[(at.answer + from + i) * as.heads + head];
+                            const uint32_t start = drops ? number(as, at.query + from + i, head, at.length) : 0;
+                            for (int64_t j = last; j < wide; j++) w[j] = -INFINITY;
+                            Vec total = {};
+                            for (int64_t j = 0; j < wide; j += LANES) {
+                                Vec weight = exponential(load(w + j) * (float)as.scale - level), slope = load(s + j);
+                                if (drops) slope *= Dropout::factors(start + j, dropout);
+                                total += weight * slope;
+                                store(w + j, weight);
+                                store(s + j, slope);
+                            }
+                            const float mean = sum(total);
+                            for (int64_t j = 0; j < wide; j += LANES) {
+                                Vec weight = load(w + j);
+                                store(s + j, weight * (load(s + j) - mean) * (float)as.scale);
+                                if (drops) store(w + j, weight * Dropout::factors(start + j, dropout));
+                            }
+                        }
+                        product(count, padded, keys, slopes, columns, 1, k, padded, d_q, padded, false);
+                        product(keys, padded, count, slopes, 1, columns, q, padded, d_k, padded, true);
+                        product(keys, padded, count, weights, 1, columns, g, padded, d_v, padded, true);
+                        turn(d_q, at.query + from, count, padded, as, true);
+                        put(d_q, count, as.width, padded, d_x + (at.query + from) * as.stride() + head * as.width, as.stride());
+                    }
+                }
+                turn(d_k, at.first, at.length, padded, as, true);
+                put(d_k, at.length, as.width, padded, d_x + at.first * as.stride() + as.key(group), as.stride());
+                put(d_v, at.length, as.width, padded, d_x + at.first * as.stride() + as.value(group), as.stride());
+            }
+    }
+}
+
+#define ATTENTION(T, NAME)                                                                                                                                                                      \
+    extern "C" void attention_forward_##NAME(int64_t rows, const Row* row, int64_t heads, int64_t groups, int64_t width, int64_t causal, double scale, const float* cosines, const float* sines, \
+                                             const T* x, const uint32_t* seeds, double p, T* out, float* normaliser) {                                                                          \
+        forward<T>(rows, row, {heads, groups, width, causal, scale, cosines, sines}, x, Dropout::of(seeds, p), seeds, out, normaliser);                                                         \
+    }                                                                                                                                                                                           \
+    extern "C" void attention_backward_##NAME(int64_t tokens, int64_t rows, const Row* row, int64_t heads, int64_t groups, int64_t width, int64_t causal, double scale, const float* cosines,   \
+                                              const float* sines, const T* x, const T* d, const float* normaliser, const uint32_t* seeds, double p, T* d_x) {                                   \
+        backward<T>(tokens, rows, row, {heads, groups, width, causal, scale, cosines, sines}, x, d, normaliser, Dropout::of(seeds, p), seeds, d_x);                                             \
+    }
+ATTENTION(float, float32)
+ATTENTION(bf16, bfloat16)

@@ -1,0 +1,54 @@
+"""Whether freshly compiled kernels run here and compute what they should: `python check.py kernels.so`, status 0 if so. Imports no torch, as it runs once for every build."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+
+Floats = ctypes.c_float * 16
+TOKENS, WIDTH = 3, 2
+
+
+def main(path: str) -> None:
+    kernels = ctypes.CDLL(path)
+    wrong = [check.__name__ for check in (activation, norm, attention) if not check(kernels)]
+    if wrong:
+        sys.exit(f"wrong: {wrong}")
+
+
+def activation(kernels: ctypes.CDLL) -> bool:
+    x, y = Floats(*(i - 8.0 for i in range(16))), Floats()
+    kernels.gelu_float32(ctypes.c_int64(16), x, y, None)
+    return _near(y, [a * 0.5 * (1 + math.erf(a / math.sqrt(2))) for a in x])
+
+
+def norm(kernels: ctypes.CDLL) -> bool:
+    x, y, weight, bias = Floats(*(float(i * i % 7) for i in range(16))), Floats(), Floats(*[2.0] * 16), Floats(*[1.0] * 16)
+    number, real = ctypes.c_int64, ctypes.c_double
+    kernels.join_forward_float32(number(1), number(16), x, None, None, real(0), weight, bias, real(1e-5), number(1), None, y, None, None, None)
+    mean = sum(x) / 16
+    scale = (sum((a - mean) ** 2 for a in x) / 16 + 1e-5) ** -0.5
+    return _near(y, [(a - mean) * scale * 2 + 1 for a in x])
+
+
+def attention(kernels: ctypes.CDLL) -> bool:
+    columns = 3 * WIDTH
+    x, y = (ctypes.c_float * (TOKENS * columns + 16))(*(math.sin(i) for i in range(TOKENS * columns))), Floats()
+    row = (ctypes.c_int64 * 5)(0, TOKENS, 0, TOKENS, 0)
+    number, real = ctypes.c_int64, ctypes.c_double
+    kernels.attention_forward_float32(number(1), row, number(1), number(1), number(WIDTH), number(0), real(0.5), None, None, x, None, real(0), y, None)
+    at = [[list(x[t * columns + part * WIDTH : t * columns + (part + 1) * WIDTH]) for t in range(TOKENS)] for part in range(3)]
+    expected = []
+    for query in at[0]:
+        weights = [math.exp(0.5 * sum(a * b for a, b in zip(query, key, strict=True))) for key in at[1]]
+        expected += [sum(w * value[i] for w, value in zip(weights, at[2], strict=True)) / sum(weights) for i in range(WIDTH)]
+    return _near(y, expected)
+
+
+def _near(found: ctypes.Array[ctypes.c_float], expected: list[float]) -> bool:
+    return all(abs(a - b) < 1e-5 * max(1, abs(b)) for a, b in zip(found, expected, strict=False))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,112 @@
+// Sixteen numbers at a time, in float32 whatever their type in memory; the compiler makes of them what the processor has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+struct bf16 {
+    uint16_t bits;
+};
+
+INLINE Vec all(float x) { return x - Vec{}; }
+
+INLINE Vec load(const float* p) {
+    Vec x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+INLINE Vec load(const bf16* p) {
+    Halves x;
+    memcpy(&x, p, sizeof x);
+    return (Vec)(__builtin_convertvector(x, Bits) << 16);
+}
+
+INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
+
+// To the nearest, ties to even; what is not a number stays one.
+INLINE void store(bf16* p, Vec x) {
+    Bits bits = (Bits)x;
+    Halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    memcpy(p, &rounded, sizeof rounded);
+}
+
+// The last ones of a row, with 0 behind them.
+template <class T>
+INLINE Vec load(const T* p, int64_t count) {
+    if (count >= LANES) return load(p);
+    T part[LANES] = {};
+    memcpy(part, p, count * sizeof(T));
+    return load(part);
+}
+
+template <class T>
+INLINE void store(T* p, Vec x, int64_t count) {
+    if (count >= LANES) return store(p, x);
+    T part[LANES];
+    store(part, x);
+    memcpy(p, part, count * sizeof(T));
+}
+
+INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+INLINE float sum(Vec x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+INLINE float largest(Vec x) {
+    float found = x[0];
+    for (int i = 1; i < LANES; i++) found = x[i] > found ? x[i] : found;
+    return found;
+}
+
+// Within 2e-7 of e^x, relatively; 0 below -87.
+INLINE Vec exponential(Vec x) {
+    const Vec low = all(-87.0f), high = all(88.0f);
+    Vec bounded = larger(x, low);
+    bounded = bounded < high ? bounded : high;
+    Vec n = bounded * 1.44269504f + 12582912.0f - 12582912.0f;  // the nearest whole number
+    Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;    // ln 2 in two parts, the first of which is exact
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return (Vec)((Ints)(p * (Vec)power) & ~(x < low));
+}
+
+// Which elements stay: a function of the seeds and of the element's number, so that the backward pass needs no mask.
+struct Dropout {
+    uint32_t seeds[2];
+    uint32_t dropped;  // of 2^32
+    float factor;      // of the others; 0: there is no dropout
+
+    static Dropout of(const uint32_t* seeds, double p) {
+        if (!seeds) return {{0, 0}, 0, 0};
+        if (p >= 1) return {{seeds[0], seeds[1]}, UINT32_MAX, 0};
+        return {{seeds[0], seeds[1]}, (uint32_t)(p * 4294967296.0), (float)(1 / (1 - p))};
+    }
+
+    // 0 or the factor, of the elements from `first` on.
+    INLINE Vec factors(uint32_t first, const Dropout& given) {
+        const Bits steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Bits h = steps + (first + given.seeds[0]);
+        h = (h ^ (h >> 16)) * 0x7feb352du;
+        h = ((h ^ (h >> 15)) + given.seeds[1]) * 0x846ca68bu;
+        h = (h ^ (h >> 16)) * 0x9e3779b1u;
+        h ^= h >> 15;
+        return (Vec)((Ints)all(given.factor) & (h >= given.dropped));
+    }
+};
