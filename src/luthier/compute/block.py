@@ -22,7 +22,7 @@ from luthier.compute.joins import Join, join
 from luthier.compute.packed_attention import packed_attention
 from luthier.compute.packing import Packing
 from luthier.compute.pieces import gated, local
-from luthier.compute.products import Linear
+from luthier.compute.products import Linear, type_around
 from luthier.compute.tape import Piece, Tape
 from luthier.methods.changes import Changed, stock_class
 
@@ -153,7 +153,7 @@ def read(block: Block, steps: Sequence[Step], turned: int, dtype: torch.dtype | 
         return None
 
     early = before is not None  # norms stand before the sublayers
-    kind = dtype or next(output.parameters()).dtype
+    kind = type_around(dtype, output)
     joins = (
         join((), before, False, kind) if early else Join((), None, False),
         join(attention_after, between, not early, kind),

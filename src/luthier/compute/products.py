@@ -27,8 +27,7 @@ class Linear(Piece):
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None, learning: bool):
         self.modules = list(modules)
-        self.rounds = dtype == torch.int8
-        self.dtype = next(modules[0].parameters()).dtype if dtype is None or self.rounds else dtype
+        self.rounds, self.dtype = dtype == torch.int8, type_around(dtype, modules[0])
         self.sizes = [len(site_weight(module, None)) for module in self.modules]
         own = [p for module in self.modules for p in (module.weight, module.bias) if p is not None]
         whole = [p for _, change in self._changes() if not change.is_low_rank for p in change.parameters()]
@@ -142,6 +141,11 @@ class Linear(Piece):
             found += [d_down[at : at + len(a)].to(a.dtype), d_up[start : start + len(b), at : at + len(a)].to(b.dtype) * scale]
             at += len(a)
         return found
+
+
+def type_around(dtype: torch.dtype | None, module: nn.Module) -> torch.dtype:
+    """The type of what goes into products of `dtype` and comes out of them; of whole numbers, that of the module's weights."""
+    return next(module.parameters()).dtype if dtype in (None, torch.int8) else dtype  # type: ignore[return-value]
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
