@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from luthier import UserError, compute
 from luthier.compute import int8, linear
+from luthier.compute.kernels import kernel
 from luthier.compute.products import Linear
 from luthier.contract.tiny import tiny_inputs, tiny_model
 from luthier.methods.engine import install
@@ -23,12 +26,16 @@ def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
     return y if bias is None else y + bias
 
 
+BOTH = pytest.mark.parametrize("by", [lambda name, dtype: None, kernel], ids=["torch", "kernels"])
+
+
+@BOTH
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows,inputs,outputs", [(1, 32, 32), (7, 33, 65), (130, 384, 1152)])
-def test_a_product_is_that_of_the_rounded_numbers(rows: int, inputs: int, outputs: int, with_bias: bool) -> None:
+def test_a_product_is_that_of_the_rounded_numbers(rows: int, inputs: int, outputs: int, with_bias: bool, by: Any) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs) if with_bias else None
-    found = int8.Product(weight, bias)(x)
+    found = int8.Product(weight, bias, by)(x)
     torch.testing.assert_close(found.double(), exact(x, weight, bias), rtol=1e-5, atol=1e-4)
     whole = x @ weight.T + (0 if bias is None else bias)
     assert 0 < float((found - whole).norm() / whole.norm()) < 0.015
@@ -50,13 +57,14 @@ def test_many_numbers_are_rounded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     assert [part.shape for part in int8.rounded(x[:0])] == [(0, 40), (0, 1)]
 
 
-def test_a_token_with_huge_numbers_harms_no_other_and_nor_does_a_row_of_the_weight() -> None:
+@BOTH
+def test_a_token_with_huge_numbers_harms_no_other_and_nor_does_a_row_of_the_weight(by: Any) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(6, 64), torch.randn(48, 64)
-    expected = int8.Product(weight, None)(x)
+    expected = int8.Product(weight, None, by)(x)
     huge_x, huge_weight = x.clone(), weight.clone()
     huge_x[2], huge_weight[5] = 1e6 * x[2], 1e4 * weight[5]
-    found = int8.Product(huge_weight, None)(huge_x)
+    found = int8.Product(huge_weight, None, by)(huge_x)
     tokens, rows = [0, 1, 3, 4, 5], [i for i in range(48) if i != 5]
     assert torch.equal(found[tokens][:, rows], expected[tokens][:, rows])
 
@@ -67,16 +75,18 @@ def test_numbers_may_lie_in_any_order() -> None:
     assert torch.equal(int8.Product(weight.T, None)(x.T), int8.Product(weight.T.contiguous(), None)(x.T.contiguous()))
 
 
-def test_tokens_are_the_same_in_any_company() -> None:
+@BOTH
+def test_tokens_are_the_same_in_any_company(by: Any) -> None:
     torch.manual_seed(0)
-    x, product = torch.randn(33, 96), int8.Product(torch.randn(64, 96), torch.randn(64))
+    x, product = torch.randn(33, 96), int8.Product(torch.randn(64, 96), torch.randn(64), by)
     together = product(x)
     assert torch.equal(torch.cat([product(x[i : i + 1]) for i in range(33)]), together)
     assert torch.equal(product(x.view(3, 11, 96)), together.view(3, 11, 64))
 
 
-def test_zeros_stay_zero_and_what_is_not_a_number_shows() -> None:
-    product = int8.Product(torch.cat([torch.zeros(1, 32), torch.randn(31, 32)]), None)
+@BOTH
+def test_zeros_stay_zero_and_what_is_not_a_number_shows(by: Any) -> None:
+    product = int8.Product(torch.cat([torch.zeros(1, 32), torch.randn(31, 32)]), None, by)
     x = torch.randn(4, 32)
     x[1], x[2, 3], x[3, 4] = 0, torch.nan, torch.inf
     found = product(x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.compute import int8
+from luthier.compute.kernels import kernel
 from luthier.methods.changes import Changed, site_weight, stock_class
 
 SMALL = 32  # rows or columns of a weight: products of fewer are no faster in whole numbers
@@ -60,7 +61,7 @@ def in_bf16(module: nn.Module, cast: Cast) -> Callable[[Tensor], Tensor]:
 
 def in_int8(module: nn.Module) -> Callable[..., Tensor]:
     """The module's own forward with its weights rounded."""
-    product = int8.Product(site_weight(module, None), module.bias)  # type: ignore[arg-type]
+    product = int8.Product(site_weight(module, None), module.bias, kernel)  # type: ignore[arg-type]
     return lambda x, *_: product(x)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from luthier import machine
 from luthier.compute import int8
+from luthier.compute.kernels import kernel
 from luthier.compute.tape import Piece, Tape, Tensors, Wants
 from luthier.methods.changes import Change, Changed, site_weight
 
@@ -44,7 +45,7 @@ class Linear(Piece):
             with torch.inference_mode(False), torch.no_grad():
                 self.kept = self._weights()
             if self.rounds:
-                self.rounded, self.kept = int8.Product(*self._weights()), (None, None)
+                self.rounded, self.kept = int8.Product(*self._weights(), kernel), (None, None)
         self.places: list[tuple[int, float]] = []  # of each low-rank change, where its rows start, and its scale
         factors: list[Tensor] = []
         for start, change in self._changes():

@@ -34,6 +34,7 @@ SIGNATURES = {
     "join_backward": "nnppp" + "ppppn" + "pr" + "pppp",
     "attention_forward": "npnnnnrpp" + "ppr" + "pp",
     "attention_backward": "nnpnnnnrpp" + "ppppr" + "p",
+    **dict.fromkeys(("round_rows", "spread_rows"), "nnppp"),  # float32 only
     **dict.fromkeys(ACTIVATIONS, "nppp"),
     **{f"gated_{name}": "nnppp" for name in ACTIVATIONS},
 }
