@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from luthier.machine.setting import cap
+from luthier.machine.setting import cap, share
 
 cap()  # before torch computes anything: it reads the cap once
+share()
 
 __version__ = "0.1.0"
 

@@ -82,6 +82,7 @@ def test_what_a_program_sets_for_a_child_is_the_users(cache: Path) -> None:
 def test_peers_start_without_what_luthier_set(cache: Path) -> None:
     before = dict(os.environ)
     setting.cap()
+    setting.share()
     assert os.environ["ONEDNN_MAX_CPU_ISA"] == CAP
     assert pristine_environment() == before
 
@@ -90,6 +91,23 @@ def test_peers_keep_what_the_user_set(cache: Path) -> None:
     os.environ["ONEDNN_MAX_CPU_ISA"] = CAP
     setting.cap()
     assert pristine_environment()["ONEDNN_MAX_CPU_ISA"] == CAP
+
+
+SHARES = "import os, luthier; print(*(os.environ.get(name) for name in ('GOMP_SPINCOUNT', 'OMP_NUM_THREADS')))"
+QUOTA = "from luthier.machine import resources, setting; setting.cpus = lambda: 1.6; import os; os.cpu_count = lambda: 8; setting.share()\n"
+
+
+@pytest.mark.parametrize(
+    "given,found", [({}, "3000 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_NUM_THREADS": "5"}, "3000 5")]
+)
+def test_threads_wait_briefly_unless_the_user_chose(cache: Path, given: dict[str, str], found: str) -> None:
+    nothing: dict[str, str | None] = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None, "OMP_NUM_THREADS": None, "LUTHIER_SHARES": None}
+    assert python(SHARES, **{**nothing, **given}).stdout.strip() == found
+
+
+@pytest.mark.parametrize("given,threads", [(None, "1"), ("5", "5")])
+def test_threads_are_no_more_than_a_quota_allows(cache: Path, given: str | None, threads: str) -> None:
+    assert python(QUOTA + SHARES, OMP_NUM_THREADS=given, LUTHIER_SHARES=None).stdout.split()[1] == threads
 
 
 def test_the_public_names_are_listed_and_unknown_ones_refused() -> None:
