@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from luthier.compute import attention, linear
+from luthier.compute import attention, embedding, linear
 from luthier.compute.dropout import dropout
 from luthier.compute.fusing import Fusing
 from luthier.errors import UserError
@@ -80,6 +80,8 @@ def _stock_modules(model: nn.Module, dtype: torch.dtype | None, undo: contextlib
             continue
         if type(module) is nn.Dropout and not module.inplace:
             _replace(module, "forward", functools.partial(_drop, module), undo)
+        elif embedding.fits(module):
+            _replace(module, "forward", embedding.Table(module), undo)  # type: ignore[arg-type]
         elif module in other:
             _replace(module, linear.place(module), other[module](), undo)
 
