@@ -43,8 +43,8 @@ class Packing:
             count = len(list(members))
             groups.append((first, count, length))
             first += count * length
-        spare = -first % max(STEP, 2 ** first.bit_length() // 16)
-        return cls((rows, width), torch.cat([index, index[:1].expand(spare)]), tuple(groups), spare)
+        behind = spare(first)
+        return cls((rows, width), torch.cat([index, index[:1].expand(behind)]), tuple(groups), behind)
 
     @classmethod
     def whole(cls, rows: int, width: int) -> Packing:
@@ -83,3 +83,8 @@ class Packing:
         elif self.spare:
             index, x = index[: -self.spare], x[: -self.spare]  # type: ignore[index]
         return x.new_zeros(rows * width, x.shape[-1]).index_copy(0, index, x).view(rows, width, -1)  # type: ignore[arg-type]
+
+
+def spare(tokens: int) -> int:
+    """How many more are computed than these, so that their number is one of a few."""
+    return -tokens % max(STEP, 2 ** tokens.bit_length() // 16)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from luthier.compute.packing import spare
 from luthier.data.batch import Batch, pad
 from luthier.data.columns import Column
 from luthier.data.rows import Row, Rows
@@ -92,23 +94,25 @@ class TextGeneration(Task):
         size = torch.tensor([f.target[1] for f in features])
         return Batch(padded(features, tokenizer), {"labels": labels, "bytes": size}, tuple(rows))
 
-    def _shifted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits (B, T-1, V) and the tokens (B, T-1) that they should predict."""
-        logits = model(**batch.inputs, use_cache=False).logits[:, :-1].float()
-        return logits, batch.targets["labels"][:, 1:]
+    def _foreseen(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the K tokens that should be foreseen: logits (K, V), the tokens (K,) and the rows (K,) that they are of."""
+        labels = batch.targets["labels"][:, 1:]
+        rows, places = (labels != IGNORED).nonzero(as_tuple=True)
+        with _only(model, rows * (labels.shape[1] + 1) + places):
+            logits = model(**batch.inputs, use_cache=False).logits[0, : len(rows)].float()
+        return logits, labels[rows, places], rows
 
     def loss(self, model: nn.Module, batch: Batch) -> Term:
-        logits, labels = self._shifted(model, batch)
-        total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return Term(total, float((labels != IGNORED).sum()), per="token")
+        logits, labels, _ = self._foreseen(model, batch)
+        return Term(nn.functional.cross_entropy(logits, labels, reduction="sum"), float(len(labels)), per="token")
 
     def outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
         """(4,) of each row: negative log-likelihood, tokens, tokens whose best guess is right, bytes of the text."""
-        logits, labels = self._shifted(model, batch)
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
-        seen = labels != IGNORED
-        right = ((logits.argmax(-1) == labels) & seen).sum(1)
-        return list(torch.stack([losses, seen.sum(1), right, batch.targets["bytes"]], 1).double().cpu().numpy())
+        logits, labels, rows = self._foreseen(model, batch)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        values = torch.stack([losses, torch.ones_like(losses), (logits.argmax(-1) == labels).float()], 1).double()
+        sums = values.new_zeros(len(batch.targets["bytes"]), 3).index_add(0, rows, values)
+        return list(torch.cat([sums, batch.targets["bytes"].to(sums)[:, None]], 1).cpu().numpy())
 
     def predictions(self, outputs: Sequence[Any], rows: Rows, top: int = 1) -> list[dict[str, Any]]:
         raise UserError("text-generation predicts by generating; use run.predict or luthier predict.")
@@ -183,3 +187,24 @@ def _pieces(text: str, tokenizer: Any, special: bool) -> tuple[list[int], list[i
     if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids, ends = [*ids, tokenizer.eos_token_id], [*ends, len(text)]
     return ids, ends
+
+
+@contextlib.contextmanager
+def _only(model: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Inside, the head of a model answers for these (K,) of its B * T tokens alone, in the place of one row: a large vocabulary costs more than the rest of a small model.
+
+    There may be more behind the K, as products of a new number of rows cost twice: see `packing.spare`.
+    """
+    inner: Any = getattr(model, "module", model)
+    answered = torch.cat([tokens, tokens.new_zeros(spare(len(tokens)))])
+    hooks = []
+
+    def begins(*_: Any) -> None:  # from here on, as what was hooked to the model before may run it on other rows
+        hooks.append(inner.get_output_embeddings().register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1)[answered][None],)))
+
+    hooks.append(inner.register_forward_pre_hook(begins))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
