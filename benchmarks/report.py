@@ -112,7 +112,7 @@ def _settings(what: str) -> str:
 SECTIONS: dict[str, Callable[[Entries, Entries], list[str]]] = {"speed": _speed, "long": _long, "decoder": _decoder, "vision": _vision, "frozen": _frozen, "encode": _encode, "start": _start, "busy": _busy, "growth": _growth}
 PICTURES = (("speed", figures.speeds, "", "examples per second"), ("growth", figures.growth, "_growth", "seconds and memory of a step against length, batch, width and what learns"))
 NOT_YET = {"long": "long rows", "decoder": "decoders", "vision": "pictures"}
-TO_THE_LAST_STEP = {"long": "long rows", "decoder": "a decoder", "vision": "pictures", "start": "the first step", "growth": "the growth of a step"}
+TO_THE_LAST_STEP = {"speed": "short rows", "long": "long rows", "decoder": "a decoder", "vision": "pictures", "start": "the first step", "growth": "the growth of a step"}
 
 
 def _notes(entries: Entries) -> list[str]:
@@ -124,7 +124,6 @@ def _notes(entries: Entries) -> list[str]:
     return [
         "## What this does not show",
         "",
-        "- The speeds of `full` are of luthier before the backward pass of its blocks was written by hand (5 % slower than now in one comparison); those of `lora` and of encoding are of the version that this page comes with. The accuracies of `lora` are of that earlier version too.",
         f"- One model and one batch size for most of it. {unmeasured[0].upper()}{unmeasured[1:]} are not measured yet.",
         "- The machine is shared: the same arm varies by 10-20 % from turn to turn, which is why every number has its range.",
         f"- The limit counts the products of real tokens alone (forward and input gradients; weight gradients too for `full`), at the speed that `luthier doctor` measured for one large product. It leaves out that a last block from which only the first token is read needs less, which luthier makes use of.{ahead}",

@@ -97,6 +97,6 @@ SUITE = {
         _vectors,
     ),
     "start": Benchmark(AGAINST_BEST, [{"method": "lora"}], inputs.sentences, _start, steps=1, given=SHORT, rounds=5, primed=True),
-    "busy": Benchmark(AGAINST_BEST, [{"method": "lora", "beside": beside} for beside in BESIDE], inputs.sentences, _rates, steps=100, warm_up=20, given=SHORT),
+    "busy": Benchmark(AGAINST_BEST, [{"method": "lora", "beside": beside} for beside in BESIDE], inputs.sentences, _rates, steps=40, warm_up=10, given=SHORT),
     "growth": Benchmark({"luthier": {"arm": "apply_to_random_bert"}}, [{"axis": axis, **GROWN_FROM, axis: value} for axis, values in AXES.items() for value in values], inputs.nothing, _step, steps=10, warm_up=3),
 }

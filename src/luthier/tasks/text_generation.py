@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.compute.packing import spare
+from luthier.compute.heads import answering_for
 from luthier.data.batch import Batch, pad
 from luthier.data.columns import Column
 from luthier.data.rows import Row, Rows
@@ -98,7 +97,7 @@ class TextGeneration(Task):
         """Of the K tokens that should be foreseen: logits (K, V), the tokens (K,) and the rows (K,) that they are of."""
         labels = batch.targets["labels"][:, 1:]
         rows, places = (labels != IGNORED).nonzero(as_tuple=True)
-        with _only(model, rows * (labels.shape[1] + 1) + places):
+        with answering_for(model, rows * (labels.shape[1] + 1) + places):
             logits = model(**batch.inputs, use_cache=False).logits[0, : len(rows)].float()
         return logits, labels[rows, places], rows
 
@@ -187,24 +186,3 @@ def _pieces(text: str, tokenizer: Any, special: bool) -> tuple[list[int], list[i
     if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids, ends = [*ids, tokenizer.eos_token_id], [*ends, len(text)]
     return ids, ends
-
-
-@contextlib.contextmanager
-def _only(model: nn.Module, tokens: Tensor) -> Iterator[None]:
-    """Inside, the head of a model answers for these (K,) of its B * T tokens alone, in the place of one row: a large vocabulary costs more than the rest of a small model.
-
-    There may be more behind the K, as products of a new number of rows cost twice: see `packing.spare`.
-    """
-    inner: Any = getattr(model, "module", model)
-    answered = torch.cat([tokens, tokens.new_zeros(spare(len(tokens)))])
-    hooks = []
-
-    def begins(*_: Any) -> None:  # from here on, as what was hooked to the model before may run it on other rows
-        hooks.append(inner.get_output_embeddings().register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1)[answered][None],)))
-
-    hooks.append(inner.register_forward_pre_hook(begins))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

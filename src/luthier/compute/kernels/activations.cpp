@@ -1,8 +1,6 @@
 // Functions of single numbers, alone or as the gate of another number, and their gradients.
 #include "vectors.h"
 
-constexpr int64_t ALONE = 1 << 14;
-
 // Each gives f(x) and, where asked, f'(x).
 struct Gelu {
     INLINE Vec of(Vec x, Vec* slope) {

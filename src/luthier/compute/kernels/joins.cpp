@@ -5,8 +5,6 @@
 
 #include "vectors.h"
 
-constexpr int64_t ALONE = 1 << 14;  // elements that are not worth a second thread
-
 template <class T>
 static void forward(int64_t rows, int64_t width, const float* x, const T* y, Dropout dropout, bool drops, const float* weight, const float* bias, float eps, bool centred,
                     float* total, float* out, T* copy, float* mean, float* inverse) {

@@ -1,20 +1,18 @@
 // What stands around a product of whole numbers: tokens are rounded to 8 bits before it and given their scale after it, each in one pass over memory.
-#include <cstdint>
-#include <cstring>
+#include "vectors.h"
 
-constexpr int64_t ALONE = 1 << 14;
 constexpr float TINY = 1.17549435e-38f;
 constexpr float SHIFT = 12582912.0f + 128.0f;  // 1.5 * 2^23, next to which a number is rounded into the lowest bits; 128 stands for 0
 
 static inline uint32_t bits(float x) {
     uint32_t found;
-    std::memcpy(&found, &x, sizeof found);
+    memcpy(&found, &x, sizeof found);
     return found;
 }
 
 static inline float number(uint32_t x) {
     float found;
-    std::memcpy(&found, &x, sizeof found);
+    memcpy(&found, &x, sizeof found);
     return found;
 }
 

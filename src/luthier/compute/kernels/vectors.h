@@ -5,6 +5,7 @@
 #include <cstring>
 
 constexpr int LANES = 16;
+constexpr int64_t ALONE = 1 << 14;  // numbers that are not worth a second thread
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
