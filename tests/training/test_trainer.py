@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from luthier import UserError
+from luthier import UserError, compute
 from luthier.contract.texts import tiny_rows, tiny_tokenizer
 from luthier.contract.tiny import tiny_model
 from luthier.data.rows import Row, Rows
@@ -29,6 +29,7 @@ from luthier.training import checkpoints
 from luthier.training.batching import epoch_batches, micro_batches, steps_per_epoch
 from luthier.training.schedule import factor
 from luthier.training.trainer import Trainer, TrainingInterrupted, TrainingSettings
+from luthier.verbs.console import Console
 from luthier.verbs.job import encode
 
 TOKENIZER = tiny_tokenizer()
@@ -227,6 +228,16 @@ def test_other_settings_are_refused_on_resume(tmp_path: Path) -> None:
         train(tmp_path, replace(SETTINGS, lr=5e-3), resume=True)
     with pytest.raises(UserError, match="another base model"):
         train(tmp_path, SETTINGS, resume=True, identity={"base model": "other"})
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_going_on_elsewhere_is_said(tmp_path: Path, moved: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, replace(SETTINGS, checkpoint_every=0.0))
+    if moved:
+        monkeypatch.setattr(compute, "route", lambda device: "another processor")
+    train(tmp_path, SETTINGS, resume=True, console=Console())
+    told = "".join(capsys.readouterr())
+    assert "resumed after step" in told and ("another processor" in told) == ("last bits may differ" in told) == moved
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import luthier
-from luthier import UserError
+from luthier import UserError, machine
 from luthier.contract.texts import tiny_rows, tiny_tokenizer
 from luthier.methods import saving
 from luthier.verbs.console import Console
@@ -182,6 +182,25 @@ def test_names_from_the_data_stay_inside_the_run_and_checkpoints_are_no_pickles(
     luthier.adapt(made("merged").parent / "bert", rows, out=out, resume=True, **settings)
     no_code_in(out)
     assert [p for p in tmp_path.rglob("*") if out not in p.parents] == [tmp_path / "deep", tmp_path / "deep" / "er", out]
+
+
+@pytest.mark.parametrize("asked", ["auto", "fp32"])
+def test_a_machine_that_chooses_otherwise_goes_on_in_the_precision_of_the_checkpoint(asked: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless another one is asked for, which is refused."""
+    model, rows, out = made("merged").parent / "bert", tiny_rows("text-classification"), tmp_path / "run"
+    settings = {"max_steps": 2, "baselines": False, "console": Console(quiet=True), "out": out}
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "choose_precision", lambda asked, device: ("bf16", "it is chosen here"))
+        patch.setattr(saving, "save", lambda *given, **more: (_ for _ in ()).throw(UserError("the power failed")))
+        with pytest.raises(UserError, match="power"):
+            luthier.adapt(model, rows, **settings)
+    monkeypatch.setattr(machine, "choose_precision", lambda asked, device: ("fp32" if asked == "auto" else asked, "it is chosen there"))
+    if asked != "auto":
+        with pytest.raises(UserError, match="made with another precision"):
+            luthier.adapt(model, rows, resume=True, precision=asked, **settings)
+        return
+    run = luthier.adapt(model, rows, resume=True, **settings)
+    assert run.record.content["training"]["precision"] == "bf16"
 
 
 @pytest.mark.parametrize("kind", ["merged", "other", "adapter", "inserts", "difference"])

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from luthier.compute import attention, embedding, linear
+from luthier import machine
+from luthier.compute import attention, embedding, kernels, linear
 from luthier.compute.dropout import dropout
 from luthier.compute.fusing import Fusing
 from luthier.errors import UserError
@@ -44,6 +45,14 @@ def prepared(model: nn.Module, device: str | torch.device, precision: str, leave
 def autocast(device: str | torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Around each forward pass by itself: torch keeps weights that learn in bf16 until its end."""
     return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def route(device: str | torch.device) -> str:
+    """On what, and by whose kernels, a model is computed: another route may give other last bits."""
+    name = str(device)
+    if not name.startswith("cpu"):
+        return machine.describe(name)
+    return f"{machine.describe()} with {torch.get_num_threads()} threads, oneDNN {'/'.join(machine.in_force())}, {'our' if kernels.library() else 'no'} kernels"
 
 
 @contextlib.contextmanager

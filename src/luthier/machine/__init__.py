@@ -13,6 +13,7 @@ _LAZY = {
     "Answer": "answer",
     "Trial": "answer",
     "known": "answer",
+    "in_force": "setting",
     "pristine_environment": "setting",
     "ensure": "probe",
     "ceiling": "precision",
@@ -28,14 +29,14 @@ _LAZY = {
     "trim": "resources",
 }
 
-__all__ = ["Answer", "Memory", "Trial", "ceiling", "choose_device", "choose_precision", "cpus", "describe", "ensure", "free_disk", "known", "memory", "onednn_is_faster", "pristine_environment", "resident", "trim"]
+__all__ = ["Answer", "Memory", "Trial", "ceiling", "choose_device", "choose_precision", "cpus", "describe", "ensure", "free_disk", "in_force", "known", "memory", "onednn_is_faster", "pristine_environment", "resident", "trim"]
 
 if TYPE_CHECKING:
     from luthier.machine.answer import Answer, Trial, known
     from luthier.machine.precision import ceiling, choose_device, choose_precision, onednn_is_faster
     from luthier.machine.probe import ensure
     from luthier.machine.resources import Memory, cpus, describe, free_disk, memory, resident, trim
-    from luthier.machine.setting import pristine_environment
+    from luthier.machine.setting import in_force, pristine_environment
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,12 @@ def write(folder: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 
 
 def read(folder: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return load_file(str(folder / "state.safetensors"), device=str(device)), json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return load_file(str(folder / "state.safetensors"), device=str(device)), record(folder)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Of a checkpoint, all but its tensors."""
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def latest(folder: Path) -> Path | None:

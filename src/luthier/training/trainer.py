@@ -342,7 +342,7 @@ class Trainer:
         tensors: dict[str, Tensor] = {f"model/{name}": t for name, t in checkpoints.learnt(self.model).items()}
         tensors |= {f"optimizer/{name}": t for name, t in checkpoints.optimizer_tensors(self.optimizer, self.names).items()}
         folder = self.folder / "checkpoints"
-        checkpoints.write(folder / f"step-{self.state['step']}", tensors, {"state": self.state, "settings": self._fingerprint(), "reached": sorted(self.reached)})
+        checkpoints.write(folder / f"step-{self.state['step']}", tensors, {"state": self.state, "settings": self._fingerprint(), "reached": sorted(self.reached), "route": compute.route(self.device)})
         checkpoints.prune(folder)
 
     def _restore(self, folder: Path) -> None:
@@ -358,6 +358,8 @@ class Trainer:
             (self.folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.state["history"]), encoding="utf-8")
         if self.console:
             self.console.say(f"resumed after step {self.state['step']} of {self.total}")
+            if (before := record.get("route")) != (now := compute.route(self.device)):
+                self.console.say(f"the last bits may differ from those of a run that was never interrupted: it began on {before}, and goes on on {now}")
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resumption to be exact."""

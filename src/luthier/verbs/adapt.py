@@ -23,7 +23,7 @@ from luthier.methods.stock_adapter import TASK_TYPES
 from luthier.recipe import Recipe
 from luthier.runs import Followed, RunFolder, card
 from luthier.tasks.base import BaselineContext, Features, Metric, encode_texts, hidden_states
-from luthier.training import evaluation
+from luthier.training import checkpoints, evaluation
 from luthier.training.trainer import Trainer, TrainingResult, TrainingSettings
 from luthier.verbs import preflight, record
 from luthier.verbs.job import Job, prepare
@@ -64,6 +64,8 @@ def adapt(
     machine.ensure(console.say)
     kernels.ensure(console.say)
     job = prepare(recipe, rows, device)
+    if resume:
+        _keep_precision(job, folder.partial, device)
     report = preflight.examine(job, folder.path, device)
     for line in report.lines:
         console.say(line)
@@ -77,6 +79,17 @@ def adapt(
         raise
     finally:
         folder.release()
+
+
+def _keep_precision(job: Job, partial: Path, device: str) -> None:
+    """What was chosen by itself where the run began holds on every machine that goes on with it."""
+    found = checkpoints.latest(partial / "checkpoints")
+    if found is None or job.recipe.precision != "auto":
+        return
+    kept = checkpoints.record(found)["settings"]["precision"]
+    if kept != job.precision:
+        job.precision = machine.choose_precision(kept, device)[0]
+        job.notes.append(f"precision {kept}: that of the checkpoint")
 
 
 def _own_device(device: str) -> str:
