@@ -172,6 +172,16 @@ def test_what_only_the_stock_blocks_give_comes_from_them(unusual: dict[str, bool
     assert len(found.attentions if "output_attentions" in unusual else found.hidden_states) >= 3
 
 
+def test_rows_of_one_token_tell_nothing(fused: list[Fusing]) -> None:
+    model, inputs = tiny_model("bert"), tiny_inputs("bert", batch=3, length=6)
+    short = {name: x[:, :1] for name, x in inputs.items()}
+    with torch.no_grad(), compute.prepared(model, "cpu", "fp32"):
+        model(**short)
+        assert not fused[-1].known
+        model(**inputs)
+        assert fused[-1].known and fused[-1].blocks
+
+
 def test_every_architecture_is_known_to_fuse_or_not(fused: list[Fusing]) -> None:
     found = set()
     for architecture in CONFIGS:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from luthier import compute
-from luthier.compute.heads import answering_for
+from luthier.compute.heads import logits_of
 from luthier.contract.tiny import tiny_inputs, tiny_model
 from luthier.methods.engine import install
 from luthier.methods.stack import parse
@@ -21,8 +21,7 @@ def test_logits_and_gradients_are_those_of_the_whole(architecture: str, stack: s
     head = model.get_output_embeddings()  # type: ignore[operator]
     watch = head.register_forward_hook(lambda _, states, logits: seen.append(logits.shape))
     with compute.prepared(model, "cpu", "fp32"):  # which tries its blocks on rows of its own in the first pass
-        with answering_for(model, chosen):
-            found = model(**inputs).logits[0, : len(tokens)]
+        found = logits_of(model, inputs, chosen)
         gradients = torch.autograd.grad(found.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         expected = model(**inputs).logits.flatten(0, 1)[chosen]
     watch.remove()

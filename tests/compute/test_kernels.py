@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,16 @@ from luthier.compute.packed_attention import KernelAttention
 from luthier.compute.packing import Packing
 from luthier.compute.pieces import ACTIVATIONS, local
 from luthier.compute.tape import Piece, Tape
+
+
+@pytest.fixture(autouse=True)
+def several_threads() -> Iterator[None]:
+    """More than there are rows of some tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
 
 needs_kernels = pytest.mark.skipif(not kernels.library(), reason="no kernels on this machine")
 TYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest number
@@ -149,34 +161,45 @@ def through(piece: Piece, x: Tensor, packing: Packing, tokens: Tensor | None) ->
 
 
 @needs_kernels
-def test_dropout_of_attention_is_the_same_on_the_way_back() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_of_attention_is_the_same_on_the_way_back(causal: bool) -> None:
     """What drops is seen where values are the unit vectors, and then held against the gradients of all three."""
-    length, width, p = 24, 32, 0.3
-    call = Call(nn.Dropout(p).train(), 2, 2, width, 0.3, p, False, True)
-    packing, piece = Packing.whole(2, length), KernelAttention(call, torch.float32)
+    lengths, width, p = [32, 16], 32, 0.3
+    call = Call(nn.Dropout(p).train(), 2, 2, width, 0.3, p, causal, True)
+    packing, piece = Packing.of(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]), KernelAttention(call, torch.float32)
+    assert packing
 
     def split(x: Tensor) -> list[Tensor]:
         return [part.unflatten(1, (2, width)) for part in x.chunk(3, 1)]
 
     x = random(packing.tokens, 6 * width)
     plain = x.clone()
-    plain[:, 4 * width :] = torch.eye(length, width).repeat(2, 2)
+    for first, length in packing.rows.tolist():
+        plain[first : first + length, 4 * width :] = torch.eye(length, width).repeat(1, 2)
     torch.manual_seed(1)
-    used = through(piece, plain, packing, None)[0].unflatten(1, (2, width))[..., :length]
+    used = through(piece, plain, packing, None)[0].unflatten(1, (2, width))
     torch.manual_seed(1)
     found, gradient, d = through(piece, x, packing, None)
-    exact, answers, share = x.double().requires_grad_(), [], []
-    for row in range(2):
-        own = slice(row * length, (row + 1) * length)
+    exact, answers, dropped = x.double().requires_grad_(), [], []
+    for first, length in packing.rows.tolist():
+        own = slice(first, first + length)
         q, k, v = split(exact[own])
-        weights = (torch.einsum("thd,shd->hts", q, k) * call.scale).softmax(-1)
-        factors = (used[own].transpose(0, 1).double() / weights.detach()).round(decimals=4)
+        scores = torch.einsum("thd,shd->hts", q, k) * call.scale
+        seen = torch.ones(length, length, dtype=torch.bool).tril() if causal else torch.ones(length, length, dtype=torch.bool)
+        factors = (used[own, :, :length].transpose(0, 1).double() / scores.masked_fill(~seen, -torch.inf).softmax(-1).detach())[:, seen].round(decimals=4)
         assert set(factors.unique().tolist()) == {0.0, round(1 / (1 - p), 4)}
-        share.append(float((factors == 0).double().mean()))
-        answers.append(reference(q, k, v, call, (factors > 0).double() / (1 - p)))
-    assert abs(sum(share) / 2 - p) < 0.05 and share[0] != share[1]
-    close(found, torch.cat(answers), torch.float32)
-    close(gradient, torch.autograd.grad(answers, exact, list(d.double().chunk(2)))[0], torch.float32)
+        dropped.append(factors == 0)
+        mask = torch.zeros(2, length, length, dtype=torch.float64)
+        mask[:, seen] = (factors > 0).double() / (1 - p)
+        answers.append(reference(q, k, v, call, mask))
+    share = torch.cat([one.flatten() for one in dropped]).double().mean()
+    assert abs(float(share) - p) < 0.05
+    if not causal:  # that two of these are the same is chance, of one in some hundreds
+        masks = {tuple(row.tolist()) for one, length in zip(dropped, lengths, strict=True) for row in one.view(-1, length)[:, :16]}
+        assert len(masks) > 2 * sum(lengths) - 8
+    real = sum(lengths)
+    close(found[:real], torch.cat(answers), torch.float32)
+    close(gradient[:real], torch.autograd.grad(answers, exact, list(d[:real].double().split(lengths)))[0][:real], torch.float32)
 
 
 @needs_kernels
@@ -203,6 +226,24 @@ def test_dropout_is_even_and_independent() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_norm_may_learn_alone_and_be_the_last(replaces: bool) -> None:
+    """Nothing that learns is below it, and nobody reads h."""
+    norm = nn.LayerNorm(20)
+    joined = join((), norm, replaces, torch.bfloat16, last=replaces)
+    x, y, d = random(6, 20), random(6, 20, seed=1, dtype=torch.bfloat16), random(6, 20, seed=2)
+    tape = Tape(joined.pieces, [piece.tensors() for piece in joined.pieces], Packing.whole(6, 1), None, None, flows=False, learns=True)
+    with torch.no_grad():
+        past, _ = joined.forward(x, y, tape)
+    tape.resume([*norm.parameters(), *tape.kept])
+    assert joined.backward(d, None if replaces else d.bfloat16(), tape) == (None, None)
+    exact = norm(x + y.float())
+    close(past, exact if replaces else x + y.float(), torch.float32)
+    for found, expected in zip(tape.collect(), torch.autograd.grad(exact, list(norm.parameters()), d.bfloat16().float() if not replaces else d), strict=True):
+        close(found, expected, torch.float32)  # type: ignore[arg-type]
+
+
+@needs_kernels
 @pytest.mark.parametrize("p", [1.0, 0.9999999])
 def test_all_may_drop(p: float) -> None:
     joined, x = join([nn.Dropout(p).train()], None, False, torch.float32), random(4, 20)
@@ -225,19 +266,86 @@ def test_what_computes_otherwise_is_not_taken(tmp_path: Path) -> None:
     assert ended.returncode == 1 and "attention" in ended.stderr
 
 
-@pytest.mark.parametrize("hidden", ["compiler", "switch", "broken"])
-def test_machines_without_kernels_do_without(hidden: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A process that knows of no kernels yet, and its cache folder."""
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    for function in (kernels._load, kernels.kernel, kernels._files):
+        monkeypatch.setattr(kernels, function.__name__, functools.cache(function.__wrapped__))
+    return tmp_path / "cache"
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("hidden", ["compiler", "switch", "broken", "no program"])
+def test_machines_without_kernels_do_without(hidden: str, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
     if hidden == "compiler":
         monkeypatch.setattr(kernels, "_compiler", lambda: None)
     elif hidden == "switch":
-        monkeypatch.setenv(kernels.SWITCH, "off")
+        monkeypatch.setenv(kernels.SWITCH, "OFF")
+    elif hidden == "broken":
+        monkeypatch.setenv("CXX", script(tmp_path / "c++", "#!/bin/sh\necho 'x.cpp:1: error: no OpenMP here' >&2; exit 1\n"))
     else:
-        monkeypatch.setattr(kernels, "_compiler", lambda: "false")
-    for function in (kernels._load, kernels.kernel, kernels._file):
-        monkeypatch.setattr(kernels, function.__name__, functools.cache(function.__wrapped__))
+        monkeypatch.setenv("CXX", script(tmp_path / "c++", "not a program"))
+    kernels.ensure(said.append)
     assert kernels.kernel("gelu", torch.float32) is None and kernels.outcome().startswith("none: ")
+    if hidden == "broken":  # said once, and not tried again by the next process
+        assert said[1:] == ["kernels: none: x.cpp:1: error: no OpenMP here"] and [path.suffix for path in fresh.iterdir()] == [".failed"]
+        kernels._load.cache_clear()
+        kernels.ensure(said.append)
+        assert len(said) == 2 and "no OpenMP here (to try again, delete " in kernels.outcome()
     assert type(join([nn.Dropout()], nn.LayerNorm(4), True, torch.float32)) is Join
     block = FusedBlock((Join((), None, False), Join((), None, False), Join((), None, False)), [local(nn.GELU())], [local(nn.Identity())], False)
     x = random(3, 4)
     torch.testing.assert_close(block(x, Packing.whole(3, 1)), 2 * (x + functional.gelu(x)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", [None, "cut", "read-only"])
+def test_kernels_are_compiled_once(damage: str | None, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was cut short is built anew; where nothing can be kept, each process builds its own."""
+    said: list[str] = []
+    if damage == "read-only":
+        monkeypatch.setenv("LUTHIER_CACHE", "/proc/none")
+    kernels.ensure(said.append)
+    assert len(said) == 1 and kernels.kernel("gelu", torch.float32) and ("this process only" in kernels.outcome()) == (damage == "read-only")
+    if damage == "read-only":
+        return
+    (kept,) = fresh.iterdir()
+    leftover = fresh / f"{kernels.BUILDING}old"
+    leftover.mkdir()
+    os.utime(leftover, (0, 0))
+    whole = kept.read_bytes()
+    if damage == "cut":
+        kept.unlink()  # this process has it mapped
+        kept.write_bytes(whole[:100])
+    another = "from luthier.compute import kernels; kernels.ensure(print); print(bool(kernels.library()))"
+    done = subprocess.run([sys.executable, "-c", another], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n" and kept.stat().st_size == len(whole) and leftover.exists() == (damage is None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_is_not_hidden(bad: float) -> None:
+    """A training that diverges must be noticed."""
+    for name in kernels.ACTIVATIONS:
+        x = torch.tensor([bad, 1.0])
+        y, run = torch.empty_like(x), kernels.kernel(name, x.dtype)
+        assert run
+        run(2, kernels.memory(x), kernels.memory(y), None)
+        assert not y[0].isfinite() and y[1].isfinite()
+    x = torch.zeros(4, 3 * 8)
+    x[1, 0], x[:, 8] = bad, 1  # one query, and keys that it meets
+    call = Call(nn.Dropout().eval(), 1, 1, 8, 1.0, 0.0, False, True)
+    found = through(KernelAttention(call, x.dtype), x, Packing.whole(1, 4), None)[0]
+    assert found[1].isnan().all() and found[[0, 2, 3]].isfinite().all()
+    joined = join((), nn.LayerNorm(8), True, torch.bfloat16)
+    tape = Tape(joined.pieces, [piece.tensors() for piece in joined.pieces], Packing.whole(1, 4), None, None, flows=False, learns=False)
+    with torch.no_grad():
+        found = joined.forward(x[:, :8], None, tape)[1]
+    assert found[1].isnan().all() and found[0].isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Collection
 from typing import Any, Self
 
@@ -18,9 +19,8 @@ from luthier.methods.changes import Changed
 
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}  # of outputs of the two ways, of the largest
 ROUGH = 5e-2  # in other types
-ROWS = 2  # that are tried
 TURNS = "position_embeddings"  # the argument of a block that brings cosines and sines of rotary positions
-UNUSUAL = ("past_key_values", "use_cache", "output_attentions", "output_hidden_states", "inputs_embeds", "encoder_hidden_states", "decoder_input_ids", "head_mask")
+UNUSUAL = ("past_key_values", "cache", "use_cache", "output_attentions", "output_hidden_states", "inputs_embeds", "encoder_hidden_states", "decoder_input_ids", "head_mask")
 
 
 class Fusing:
@@ -56,9 +56,9 @@ class Fusing:
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._clear()
         usual = not args and not any(kwargs.get(name) is not None and kwargs[name] is not False for name in UNUSUAL)
-        if not self.known and usual:
+        if not self.known and usual and (rows := _telling(kwargs)) is not None:
             self.known = True  # at once, as finding out runs the model too
-            self._find_out({name: x[:ROWS] if isinstance(x, Tensor) and x.dim() else x for name, x in kwargs.items()})
+            self._find_out({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) > 1 else x for name, x in kwargs.items()})
             self.then(self.blocks)
             self._clear()
         mask = kwargs.get("attention_mask")
@@ -99,6 +99,10 @@ class Fusing:
                     return
                 self.leaves = next((which for which in ("first", "last") if self._only_leaves(inputs, which, found)), None)
                 self.blocks = self._read(blocks, steps, self.dtype)
+        except Exception:  # of a model that is made otherwise than its roles tell; if the user's own call is wrong, it fails again without us
+            logging.getLogger(__name__).debug("blocks stay as they are", exc_info=True)
+            self.blocks = {}
+            return
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -139,7 +143,7 @@ class Fusing:
         self.model.eval()
         expected = _answer(self.model.forward(**inputs), inputs)
         found = self._tried(inputs)
-        if found is None or (_answer(found, inputs) - expected).abs().max() > SAME.get(expected.dtype, ROUGH) * expected.abs().max().clamp(min=1):
+        if found is None or not (_answer(found, inputs) - expected).abs().max() <= SAME.get(expected.dtype, ROUGH) * expected.abs().max().clamp(min=1):
             return None
         return found
 
@@ -221,6 +225,20 @@ class Fusing:
             cosines, sines = (self.packing.pack(x.expand(self.packing.shape[0], -1, -1)).float().contiguous() for x in given)
             self.turns = given, (cosines, sines)
         return self.turns[1]
+
+
+def _telling(inputs: dict[str, Any]) -> Tensor | slice | None:
+    """The rows on which blocks are tried: a long one and a short one, or None where all have one token, on which attention and positions show nothing."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        ids = inputs.get("input_ids")
+        return slice(2) if ids is None or ids.shape[-1] > 1 else None
+    if mask.dim() != 2:
+        return slice(2)
+    lengths = (mask != 0).sum(1)
+    order = lengths.argsort()
+    order = order[lengths[order] > 1]
+    return order[[-1, 0]] if len(order) else None
 
 
 def _answer(found: Any, inputs: dict[str, Any]) -> Tensor:

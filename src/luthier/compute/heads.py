@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,24 +11,35 @@ from torch import Tensor, nn
 from luthier.compute.packing import spare
 
 
-@contextlib.contextmanager
-def answering_for(model: nn.Module, tokens: Tensor) -> Iterator[None]:
-    """Inside, the head of `model` answers for these (K,) of its B * T tokens alone: its logits are (1, K or more, V).
+def logits_of(model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor) -> Tensor:
+    """(K, V): the logits that `model` gives of these (K,) of its B * T tokens, without computing those of the others.
 
     A vocabulary is larger than all else in a small model, and of a batch only what is to be foreseen is wanted of it: neither
-    padding nor prompts. There are more than K where a product of a number of rows that was not met before would cost more.
+    padding nor prompts. Some more than K are computed where a product of a number of rows that was not met before would cost more.
     """
     inner: Any = getattr(model, "module", model)
+    shape = inputs["input_ids"].shape
     asked = torch.cat([tokens, tokens.new_zeros(spare(len(tokens)))])
-    hooks = []
+    hooks, chosen = [], []
+
+    def choose(head: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        if chosen or not states or states[0].shape[:2] != shape:
+            return None
+        chosen.append(True)
+        return (states[0].flatten(0, 1)[asked][None],)
 
     def begin(*_: Any) -> None:
         """Not before: what was hooked to the model earlier may run it on other rows."""
-        hooks.append(inner.get_output_embeddings().register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1)[asked][None],)))
+        head = inner.get_output_embeddings()
+        if len(hooks) == 1 and head is not None:
+            hooks.append(head.register_forward_pre_hook(choose))
 
     hooks.append(inner.register_forward_pre_hook(begin))
     try:
-        yield
+        logits: Tensor = model(**inputs).logits
     finally:
         for hook in hooks:
             hook.remove()
+    if chosen:
+        return logits[0, : len(tokens)]
+    return logits[:, -shape[1] :].flatten(0, 1)[tokens]  # a method may have put tokens of its own before these

@@ -86,15 +86,15 @@ class _Joined(Piece):
         x, y = x
         assert self._forward
         rows, width = x.shape
-        x = x.to(torch.float32)
+        x, y = x.to(torch.float32).contiguous(), None if y is None else y.to(self.dtype).contiguous()
         drops = None if y is None or self.dropout is None or not (self.dropout.training and self.dropout.p) else seeds()
         normed = self.norm is not None
         out = torch.empty_like(x) if normed and (self.replaces or self.dtype == torch.float32) else None
         copy = torch.empty(rows, width, dtype=self.dtype) if normed and self.dtype != torch.float32 and not self.last else None
         total = None if y is None or (self.replaces and not tape.flows) else torch.empty_like(x)
-        mean, inverse = torch.empty(2, rows) if normed and tape.flows else (None, None)
+        mean, inverse = torch.empty(2, rows, dtype=torch.float32) if normed and tape.flows else (None, None)
         self._forward(
-            rows, width, memory(x), None if y is None else memory(y.to(self.dtype)), memory(drops), self._p, *map(memory, tensors), self.norm.eps if self.norm is not None else 0,
+            rows, width, memory(x), memory(y), memory(drops), self._p, *map(memory, tensors), self.norm.eps if self.norm is not None else 0,
             isinstance(self.norm, LayerNorm), memory(total), memory(out), memory(copy), memory(mean), memory(inverse),
         )  # fmt: skip
         if total is None:
@@ -111,7 +111,7 @@ class _Joined(Piece):
         rows, width = d_x.shape
         past = d_x.to(torch.float32).contiguous()
         read = None if d_h is None else d_h.to(self.dtype).contiguous()
-        d_weight, d_bias = (torch.empty(width) if wanted else None for wanted in wants[1:])
+        d_weight, d_bias = (torch.empty(width, dtype=torch.float32) if wanted else None for wanted in wants[1:])
         d_x = torch.empty_like(past) if wants[0] else None
         d_y = torch.empty(rows, width, dtype=self.dtype) if wants[0] and (drops is not None or self.dtype != torch.float32) else None
         self._backward(

@@ -60,7 +60,7 @@ class Packing:
     @functools.cached_property
     def rows(self) -> Tensor:
         """(B, 2): of each packed row, its first token and how many it has."""
-        return torch.tensor([(first + row * length, length) for first, rows, length in self.groups for row in range(rows)])
+        return torch.tensor([(first + row * length, length) for first, rows, length in self.groups for row in range(rows)], dtype=torch.int64).view(-1, 2)
 
     def ends(self, last: bool) -> Tensor:
         """(B,): of each packed row, where its first or last token is."""

@@ -44,8 +44,8 @@ class Linear(Piece):
         if self.kept is None and not self.changing:
             with torch.inference_mode(False), torch.no_grad():
                 self.kept = self._weights()
-            if self.rounds:
-                self.rounded, self.kept = int8.Product(*self._weights(), kernel), (None, None)
+                if self.rounds:
+                    self.rounded, self.kept = int8.Product(*self.kept, kernel), (None, None)
         self.places: list[tuple[int, float]] = []  # of each low-rank change, where its rows start, and its scale
         factors: list[Tensor] = []
         for start, change in self._changes():

@@ -46,7 +46,7 @@ def share() -> None:
         chosen[THREADS] = str(max(1, int(allowed)))
     if chosen:
         os.environ.update(chosen)
-        os.environ[MARK_THREADS] = ",".join([*filter(None, [os.environ.get(MARK_THREADS)]), *chosen])
+        os.environ[MARK_THREADS] = ",".join([*filter(None, [os.environ.get(MARK_THREADS)]), *map("=".join, chosen.items())])
 
 
 def lift() -> None:
@@ -72,8 +72,9 @@ def in_force() -> list[str]:
 
 def pristine_environment() -> dict[str, str]:
     """The environment without what luthier has set in it: for programs that are measured beside it."""
-    set_here = [MARK, MARK_THREADS, *([CAP_NAMES[0]] if ours() else []), *os.environ.get(MARK_THREADS, "").split(",")]
-    return {name: value for name, value in os.environ.items() if name not in set_here}
+    set_here = [MARK, MARK_THREADS, *([CAP_NAMES[0]] if ours() else [])]
+    shares = os.environ.get(MARK_THREADS, "").split(",")
+    return {name: value for name, value in os.environ.items() if name not in set_here and f"{name}={value}" not in shares}
 
 
 def _change(values: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.compute.heads import answering_for
+from luthier.compute.heads import logits_of
 from luthier.data.batch import Batch, pad
 from luthier.data.columns import Column
 from luthier.data.rows import Row, Rows
@@ -97,9 +97,8 @@ class TextGeneration(Task):
         """Of the K tokens that should be foreseen: logits (K, V), the tokens (K,) and the rows (K,) that they are of."""
         labels = batch.targets["labels"][:, 1:]
         rows, places = (labels != IGNORED).nonzero(as_tuple=True)
-        with answering_for(model, rows * (labels.shape[1] + 1) + places):
-            logits = model(**batch.inputs, use_cache=False).logits[0, : len(rows)].float()
-        return logits, labels[rows, places], rows
+        logits = logits_of(model, {**batch.inputs, "use_cache": False}, rows * (labels.shape[1] + 1) + places)
+        return logits.float(), labels[rows, places], rows
 
     def loss(self, model: nn.Module, batch: Batch) -> Term:
         logits, labels, _ = self._foreseen(model, batch)

@@ -358,8 +358,8 @@ class Trainer:
             (self.folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.state["history"]), encoding="utf-8")
         if self.console:
             self.console.say(f"resumed after step {self.state['step']} of {self.total}")
-            if (before := record.get("route")) != (now := compute.route(self.device)):
-                self.console.say(f"the last bits may differ from those of a run that was never interrupted: it began on {before}, and goes on on {now}")
+            if (before := record["route"]) != (now := compute.route(self.device)):
+                self.console.say(f"the last bits may differ from those of a run that was never interrupted: its checkpoint is of {before}, and it goes on on {now}")
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resumption to be exact."""

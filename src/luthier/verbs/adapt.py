@@ -88,7 +88,10 @@ def _keep_precision(job: Job, partial: Path, device: str) -> None:
         return
     kept = checkpoints.record(found)["settings"]["precision"]
     if kept != job.precision:
-        job.precision = machine.choose_precision(kept, device)[0]
+        try:
+            job.precision = machine.choose_precision(kept, device)[0]
+        except UserError as error:
+            raise UserError(f"This run began in {kept}, in which it cannot go on here ({error}). Resume it on a machine where it can, or start anew with --overwrite.") from error
         job.notes.append(f"precision {kept}: that of the checkpoint")
 
 

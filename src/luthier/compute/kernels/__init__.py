@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ HERE = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 TIMEOUT = 120  # seconds
 SWITCH = "LUTHIER_KERNELS"
+FAILED, BUILDING = ".failed", "kernels-building-"
+LANES = 16  # numbers in a vector
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 # of the arguments: n a number, r a real one, p the memory of a tensor or None
 SIGNATURES = {
@@ -60,7 +63,7 @@ def memory(x: Tensor | None) -> int | None:
 
 
 def library() -> ctypes.CDLL | None:
-    """All kernels; None where LUTHIER_KERNELS is off, no C++ compiler is there, or what it built does not compute as it should: see `outcome`."""
+    """All kernels; None where they are switched off, no C++ compiler is there, or what it built does not compute as it should: see `outcome`."""
     return _load()[0]
 
 
@@ -70,32 +73,46 @@ def outcome() -> str:
 
 
 def ensure(say: Callable[[str], None]) -> None:
-    """Have them, compiled now where they are not yet, which is said."""
+    """Have them, compiled now where they are not yet; that is said, and how it ended where it did not end well."""
     compiler = _compiler()
-    if compiler and not _off() and not ((kept := _file(compiler)) and kept.exists()):
+    new = compiler is not None and not _off() and not any(path.exists() for path in _files(compiler))
+    if new:
         say("compiling kernels for this machine (once, some seconds)")
-    library()
+    if not library() and new:
+        say(f"kernels: {outcome()}")
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     compiler = _compiler()
-    if _off():
-        return None, f"none: {SWITCH} is off"
+    if reason := _off():
+        return None, f"none: {reason}"
     if compiler is None:
         return None, "none: there is no C++ compiler, with which training and encoding of small models would be faster"
+    kept = next(iter(_files(compiler)), None)
     try:
-        kept = _file(compiler)
-        if kept is None or not kept.exists():
-            with tempfile.TemporaryDirectory(dir=_writable(kept and kept.parent)) as folder:
+        if kept is not None:
+            failed = kept.with_suffix(FAILED)
+            if failed.exists():
+                return None, f"none: {failed.read_text(encoding='utf-8')} (to try again, delete {failed})"
+            if kept.exists():
+                with contextlib.suppress(OSError):  # cut short: built anew
+                    return ctypes.CDLL(str(kept)), f"compiled by {compiler}"
+        with tempfile.TemporaryDirectory(prefix=BUILDING, dir=kept and kept.parent) as folder:
+            try:
                 built = _build(compiler, Path(folder))
-                if kept is None or not _writable(kept.parent):
-                    return ctypes.CDLL(str(built)), f"compiled by {compiler}, for this process only"
-                os.replace(built, kept)
+            except subprocess.CalledProcessError as error:
+                reason = _reason(error)
+                if kept is not None:
+                    kept.with_suffix(FAILED).write_text(reason, encoding="utf-8")
+                return None, f"none: {reason}"
+            if kept is None:
+                return ctypes.CDLL(str(built)), f"compiled by {compiler}, for this process only"
+            os.replace(built, kept)
+        _clear(kept.parent)
         return ctypes.CDLL(str(kept)), f"compiled by {compiler}"
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip().splitlines()
-        return None, f"none: {said[-1] if said else error}"
+        return None, f"none: {error}"
 
 
 def _build(compiler: str, folder: Path) -> Path:
@@ -103,11 +120,22 @@ def _build(compiler: str, folder: Path) -> Path:
     subprocess.run([compiler, *FLAGS, *map(str, sorted(HERE.glob("*.cpp"))), "-o", str(built)], check=True, capture_output=True, timeout=TIMEOUT)
     # in a process of its own, as an instruction that the processor only claims to have would end this one
     subprocess.run([sys.executable, "-P", str(HERE / "check.py"), str(built)], check=True, capture_output=True, timeout=TIMEOUT)
+    with built.open("rb") as stream:
+        os.fsync(stream.fileno())
     return built
 
 
-def _off() -> bool:
-    return os.environ.get(SWITCH) == "off" or sys.platform == "win32"
+def _reason(error: subprocess.CalledProcessError) -> str:
+    """The first line of what was said that names an error, else the last."""
+    said = error.stderr.decode(errors="replace").strip().splitlines()
+    return next((line.strip() for line in said if "error" in line.lower()), said[-1].strip() if said else str(error))
+
+
+def _off() -> str:
+    """Why there are to be none; empty where there are."""
+    if sys.platform == "win32":
+        return "they are for Linux and macOS"
+    return f"{SWITCH} is off" if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false") else ""
 
 
 def _compiler() -> str | None:
@@ -115,20 +143,29 @@ def _compiler() -> str | None:
 
 
 @functools.cache
-def _file(compiler: str) -> Path | None:
-    """Of these sources, this compiler and this processor, as a home may be shared by several machines."""
+def _files(compiler: str) -> tuple[Path, ...]:
+    """Where kernels are kept, and why they could not be had: of these sources, this compiler and this processor, as a home may be shared by several machines. Nowhere without a folder to write to."""
     folder = cache_folder()
-    if folder is None:
-        return None
-    sources = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.[ch]*"))]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=False).stdout
-    key = "\0".join([*sources, *FLAGS, version, *sorted(map("=".join, cpu().items()))])
-    return Path(folder) / f"kernels-{zlib.crc32(key.encode()):08x}.so"
+    try:
+        if folder is None or not os.access(_made(Path(folder)), os.W_OK):
+            return ()
+        version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=False, env={**os.environ, "LC_ALL": "C"}).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    sources = [path.read_bytes() for path in sorted(HERE.glob("*.[ch]*"))]
+    key = b"\0".join([*sources, version, "\0".join([*FLAGS, *sorted(map("=".join, cpu().items()))]).encode()])
+    kept = Path(folder) / f"kernels-{zlib.crc32(key):08x}.so"
+    return kept, kept.with_suffix(FAILED)
 
 
-def _writable(folder: Path | None) -> Path | None:
-    with contextlib.suppress(OSError):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder if os.access(folder, os.W_OK) else None
-    return None
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _clear(folder: Path) -> None:
+    """What killed builds left."""
+    for old in folder.glob(f"{BUILDING}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 10 * TIMEOUT:
+                shutil.rmtree(old, ignore_errors=True)

@@ -28,8 +28,8 @@ struct GeluTanh {
 
 struct Relu {
     INLINE Vec of(Vec x, Vec* slope) {
-        if (slope) *slope = x > Vec{} ? all(1) : Vec{};
-        return x > Vec{} ? x : Vec{};
+        if (slope) *slope = x <= Vec{} ? Vec{} : all(1);
+        return x <= Vec{} ? Vec{} : x;
     }
 };
 

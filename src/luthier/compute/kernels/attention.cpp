@@ -40,8 +40,9 @@ static void product(int64_t M, int64_t padded, int64_t K, const float* a, int64_
 static int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // One row of the batch: its keys are tokens first .. first + length - 1; its queries are `asked` tokens from `query` on, whose answers go to rows `answer` on.
+// before: weights of one head, in whole vectors, of the rows before it
 struct Row {
-    int64_t first, length, query, asked, answer;
+    int64_t first, length, query, asked, answer, before;
 };
 
 // Queries, keys and values lie side by side: (tokens, (heads + 2 groups) width), each group of keys serving heads / groups heads of queries.
@@ -88,8 +89,8 @@ static void transpose(const float* x, int64_t count, int64_t width, int64_t padd
         for (int64_t t = 0; t < columns; t++) out[i * columns + t] = t < count ? x[t * padded + i] : 0;
 }
 
-// Numbers of a query's weights, for dropout: those of one head and one query follow each other.
-static uint32_t number(const Layout& as, int64_t query, int64_t head, int64_t length) { return (uint32_t)((query * as.heads + head) * whole(length)); }
+// The number, for dropout, of the first weight of one of a row's queries: each weight of a batch has its own.
+static uint32_t number(const Layout& as, const Row& row, int64_t query, int64_t head) { return (uint32_t)(row.before * as.heads + (query * as.heads + head) * whole(row.length)); }
 
 static int64_t seen(const Layout& as, const Row& row, int64_t query) { return as.causal ? row.query - row.first + query + 1 : row.length; }
 
@@ -132,7 +133,7 @@ static void forward(int64_t rows, const Row* row, const Layout& as, const T* x, 
                             for (int64_t j = 0; j < wide; j += LANES) top = larger(top, load(w + j));
                             const float highest = largest(top) * (float)as.scale;
                             Vec total = {};
-                            const uint32_t start = drops ? number(as, at.query + from + i, head, at.length) : 0;
+                            const uint32_t start = drops ? number(as, at, from + i, head) : 0;
                             for (int64_t j = 0; j < wide; j += LANES) {
                                 Vec e = exponential(load(w + j) * (float)as.scale - highest);
                                 total += e;
@@ -190,7 +191,7 @@ static void backward(int64_t tokens, int64_t rows, const Row* row, const Layout&
                             float *w = weights + i * columns, *s = slopes + i * columns;
                             const int64_t last = seen(as, at, from + i);
                             const float level = normaliser[(at.answer + from + i) * as.heads + head];
-                            const uint32_t start = drops ? number(as, at.query + from + i, head, at.length) : 0;
+                            const uint32_t start = drops ? number(as, at, from + i, head) : 0;
                             for (int64_t j = last; j < wide; j++) w[j] = -INFINITY;
                             Vec total = {};
                             for (int64_t j = 0; j < wide; j += LANES) {

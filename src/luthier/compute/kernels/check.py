@@ -35,7 +35,7 @@ def norm(kernels: ctypes.CDLL) -> bool:
 def attention(kernels: ctypes.CDLL) -> bool:
     columns = 3 * WIDTH
     x, y = (ctypes.c_float * (TOKENS * columns + 16))(*(math.sin(i) for i in range(TOKENS * columns))), Floats()
-    row = (ctypes.c_int64 * 5)(0, TOKENS, 0, TOKENS, 0)
+    row = (ctypes.c_int64 * 6)(0, TOKENS, 0, TOKENS, 0, 0)
     number, real = ctypes.c_int64, ctypes.c_double
     kernels.attention_forward_float32(number(1), row, number(1), number(1), number(WIDTH), number(0), real(0.5), None, None, x, None, real(0), y, None)
     at = [[list(x[t * columns + part * WIDTH : t * columns + (part + 1) * WIDTH]) for t in range(TOKENS)] for part in range(3)]

@@ -36,7 +36,8 @@ INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 // To the nearest, ties to even; what is not a number stays one.
 INLINE void store(bf16* p, Vec x) {
     Bits bits = (Bits)x;
-    Halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Halves rounded = __builtin_convertvector(x == x ? bits : bits * 0 + 0x7fc0, Halves);
     memcpy(p, &rounded, sizeof rounded);
 }
 
@@ -71,7 +72,7 @@ INLINE float largest(Vec x) {
     return found;
 }
 
-// Within 2e-7 of e^x, relatively; 0 below -87.
+// Within 2e-7 of e^x, relatively; 0 below -87; what is not a number stays one, so that a training that diverges is noticed.
 INLINE Vec exponential(Vec x) {
     const Vec low = all(-87.0f), high = all(88.0f);
     Vec bounded = larger(x, low);
@@ -85,7 +86,8 @@ INLINE Vec exponential(Vec x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-    return (Vec)((Ints)(p * (Vec)power) & ~(x < low));
+    Vec found = (Vec)((Ints)(p * (Vec)power) & ~(x < low));
+    return x == x ? found : x;
 }
 
 // Which elements stay: a function of the seeds and of the element's number, so that the backward pass needs no mask.
