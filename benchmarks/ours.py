@@ -91,6 +91,11 @@ def _loop(net: Any, batches: Iterable[dict[str, Any]], rate: float, steps: int) 
     return {"ends": clock.ends, "precision": precision}
 
 
-def encode(data: str, model: str, precision: str) -> dict[str, Any]:
+def encode(data: str, model: str, precision: str, onednn: bool = True) -> dict[str, Any]:
+    """onednn: whether it may be chosen for products in float32; otherwise they take torch's usual library."""
+    from luthier import machine
+
+    if not onednn:
+        machine.onednn_is_faster = lambda: False
     encoder = luthier.Encoder.open(model, precision=precision)
     return {**passes(lambda texts: encoder.embed(texts), data), "precision": precision}

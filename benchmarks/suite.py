@@ -13,6 +13,7 @@ from inputs import Inputs
 
 Found = dict[str, Any]
 BEST = "Trainer's fastest"  # stands for the arm of Trainer that `speed` found fastest on this machine, for this method or else for LoRA
+PLAIN = "luthier fp32 through F.linear"
 BESIDE = ("nothing", "a busy process")
 
 
@@ -91,7 +92,7 @@ SUITE = {
     "vision": Benchmark({"luthier": {"arm": "apply_to_pictures"}, **_trainers("trainer_on_pictures", "random")}, [{"method": "lora"}], inputs.pictures, _rates, steps=20, warm_up=5, given={"batch": 32}),
     "encode": Benchmark(
         {f"{name} {precision}": {"arm": arm, "precision": precision} for precision in ("fp32", "bf16") for name, arm in (("sentence-transformers", "sentence_transformers"), ("luthier", "encode"))}
-        | {"luthier int8": {"arm": "encode", "precision": "int8"}},
+        | {"luthier int8": {"arm": "encode", "precision": "int8"}, PLAIN: {"arm": "encode", "precision": "fp32", "onednn": False}},
         [{"method": "encode"}],
         inputs.pairs,
         _vectors,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from suite import AXES, BESIDE
+from suite import AXES, BESIDE, PLAIN
 
 Entries = list[dict[str, Any]]
 
@@ -112,10 +112,14 @@ def encoding(found: Entries, everything: Entries) -> list[str]:
             sides = [list(side.values()) for side in (theirs, ours)]
             rates, peaks = [spread([e[rate.name] for e in side]) for side in sides], [f"{median(e['peak_mb'] for e in side):.0f}" for side in sides]
             rows.append([named, *rates, times(ratios), ", ".join(peaks), f"{max(e['cosine_from_fp32'] or 0 for e in ours.values()):.1e}"])
+    notes = []
+    whole, plain = (arms.get(arm, {}) for arm in ("luthier int8", PLAIN))
+    if ratios := [rate.times(whole[turn], plain[turn]) for turn in whole if turn in plain]:
+        notes = [f"In int8 luthier is {times(ratios)} as fast as itself in fp32 through `F.linear` ({spread([e[rate.name] for e in plain.values()])} sentences/s).", ""]
     ceilings = {kind: ceiling(everything, kind) for kind in ("fp32", "bf16")}
     needed = gflop(found[0])
     allowed = " and ".join(f"{value:.2f} TFLOP/s in {kind} allow {value * 1000 / needed:.0f} sentences/s" for kind, value in ceilings.items())
-    return [*table(heads, rows), "", f"A sentence takes {needed:.3f} GFLOP when nothing is wasted: {allowed}.", ""]
+    return [*table(heads, rows), "", *notes, f"A sentence takes {needed:.3f} GFLOP when nothing is wasted: {allowed}.", ""]
 
 
 def busy(found: Entries) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,12 @@ class FrozenTrunk:
         self.model.eval()
         self._start(tokens, folder)
         try:
+            with torch.no_grad():
+                left = iter(batches)
+                first = next(left)
+                self.model(**_texts(first)[0].inputs)  # who prepares the model does so in its first pass, and before its blocks are wrapped
             with torch.no_grad(), self:
-                for batch in batches:
+                for batch in itertools.chain([first], left):
                     if not self._fill(_texts(batch)):
                         self.clear()
                         return False

@@ -153,21 +153,21 @@ class Trainer:
             (self.folder / "metrics.jsonl").write_text("", encoding="utf-8")
         if self.trunk:
             self.eval_modules += self.trunk.below(self._batch(range(min(2, len(self.train)))))
-        with compute.prepared(self.model, self.device, settings.precision, leave=self.trunk.blocks if self.trunk else ()):
-            self._train(fresh=not found)
+        started = time.perf_counter()
+        frozen_states = self._frozen_states()
+        self.state["seconds"] += time.perf_counter() - started
+        with compute.prepared(self.model, self.device, settings.precision, leave=self.trunk.blocks if self.trunk and frozen_states is self.trunk else ()):
+            self._train(frozen_states, fresh=not found)
         if self.main and self.validation and (self.folder / "checkpoints" / "best").exists():  # the first process alone saves, measures and cleans up
             checkpoints.restore(self.model, checkpoints.read(self.folder / "checkpoints" / "best", self.device)[0])
         self.model.eval()
         return self._result()
 
-    def _train(self, fresh: bool) -> None:
+    def _train(self, frozen_states: contextlib.AbstractContextManager, fresh: bool) -> None:
         settings = self.settings
         if self.rehearse_longest and fresh:
             self._rehearse()
         board = self._tensorboard()
-        started = time.perf_counter()
-        frozen_states = self._frozen_states()
-        self.state["seconds"] += time.perf_counter() - started
         with frozen_states, _Interrupts(self), self._progress() as advance:
             last_saved = time.monotonic()
             batches: list[list[int]] = []
@@ -255,7 +255,9 @@ class Trainer:
         tokens = sum(text.length for row in features for text in (row.parts.values() or [row]))
         batches = (self.task.collate([features[i] for i in rows], rows, self.tokenizer).to(self.device) for rows in evaluation.by_length([f.length for f in features], 64))
         showing = self.console.progress("frozen blocks", len(features)) if self.console and self.main else contextlib.nullcontext(lambda count: None)
-        with showing as advance, compute.autocast(self.device, self.settings.precision):
+        others = set(self.model.modules()) - set(self.trunk.blocks)
+        ready = compute.prepared(self.model, self.device, self.settings.precision, leave=others, learning=False)
+        with showing as advance, ready, compute.autocast(self.device, self.settings.precision):
             kept = self.trunk.keep(tokens, batches, self.folder, advance)
         return self.trunk if kept else self._computed_anew("neither memory nor the disk has room for their states")
 
@@ -289,7 +291,7 @@ class Trainer:
         return f"{kept} Try a smaller --lr (now {self.settings.lr:g})" + (", or --precision fp32." if self.settings.precision == "bf16" else ".")
 
     def _training_mode(self) -> None:
-        if not self.model.training or self.eval_modules:
+        if not self.model.training or any(module.training for module in self.eval_modules):
             self.model.train()
             for module in self.eval_modules:
                 module.training = False
@@ -418,7 +420,9 @@ def peak_memory_mb(device: torch.device) -> float:
 def _seed(*numbers: int) -> None:
     """Torch's, NumPy's and Python's global streams from a few numbers: a step draws the same whether or not the run was interrupted before it."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond, to note for devices that are not there who called it
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed)
     random.seed(seed)
 

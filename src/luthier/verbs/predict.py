@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from luthier import machine
+from luthier.compute import kernels
 from luthier.data.formats import plain
 from luthier.data.rows import Row, Rows
 from luthier.data.sources import stream, writer
@@ -46,7 +47,8 @@ def predict(
     from luthier.verbs.console import Console
 
     console = console or Console()
-    machine.ensure()
+    machine.ensure(console.say)
+    kernels.ensure(console.say)
     if not isinstance(run, Run):
         run = load(run, base, device, precision)
     elif precision:

@@ -17,7 +17,7 @@ from luthier.training.frozen import MEMORY
 from luthier.verbs.job import Job
 
 NEAR = 0.7  # of the free memory: from here on the longest batch is tried first
-EFFICIENCY = 0.25  # of the measured matrix-product ceiling that training on real batches was seen to reach
+EFFICIENCY = 0.45  # of the measured matrix-product ceiling that training on real batches was seen to reach at least
 
 
 @dataclass(frozen=True)
