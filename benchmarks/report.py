@@ -92,7 +92,7 @@ def _start(own: Entries, found: Entries) -> list[str]:
 
 
 def _busy(own: Entries, found: Entries) -> list[str]:
-    text = "`lora`, alone and beside one other process that multiplies two 1,024 x 1,024 matrices of fp32 over and over, in two threads with the usual wait policy."
+    text = "`lora`, alone and beside one other process that multiplies two 1,024 x 1,024 matrices of fp32 over and over, in two threads with the usual wait policy; 40 steps after 10."
     return ["### Beside a busy process", "", text, "", *busy(own)]
 
 
