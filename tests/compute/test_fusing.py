@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -170,6 +171,39 @@ def test_what_only_the_stock_blocks_give_comes_from_them(unusual: dict[str, bool
         model(**inputs)
         found = model(**inputs, **unusual)
     assert len(found.attentions if "output_attentions" in unusual else found.hidden_states) >= 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_was_found_out_is_remembered_until_the_model_changes(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, looks = tiny_model("bert"), tiny_inputs("bert"), []
+    monkeypatch.setattr(Fusing, "_find_out", lambda self, given, find_out=Fusing._find_out: looks.append(1) or find_out(self, given))
+
+    def answer(model: nn.Module, remember: bool = True) -> torch.Tensor:
+        with torch.inference_mode(), compute.running(model, "cpu", precision, remember=remember):
+            return model(**inputs).last_hidden_state
+
+    def anew(model: nn.Module) -> torch.Tensor:
+        found = answer(model, remember=False)
+        looks.pop()
+        return found
+
+    first = answer(model)
+    assert torch.equal(answer(model), first) and len(looks) == 1
+    layer = model.encoder.layer[1]
+    layer.intermediate.dense.weight.data.mul_(1.5)  # torch does not count this
+    assert torch.equal(answer(model), anew(model)) and len(looks) == 2
+    layer.output.LayerNorm.weight.data.mul_(1.5)  # read anew in each pass
+    assert torch.equal(answer(model), anew(model)) and len(looks) == 2
+    layer.intermediate.dense = nn.Linear(layer.intermediate.dense.in_features, layer.intermediate.dense.out_features)
+    assert torch.equal(answer(model), anew(model)) and len(looks) == 3
+    layer.intermediate.intermediate_act_fn = nn.ReLU()
+    assert torch.equal(answer(model), anew(model)) and len(looks) == 4
+    model.config.output_hidden_states = True
+    assert torch.equal(answer(model), anew(model)) and len(looks) == 5
+    alive = len(fusing._remembered)
+    del model, layer
+    gc.collect()
+    assert len(fusing._remembered) == alive - 1
 
 
 def test_rows_of_one_token_tell_nothing(fused: list[Fusing]) -> None:

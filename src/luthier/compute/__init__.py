@@ -27,18 +27,19 @@ _inside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True) -> Iterator[None]:
+def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True, remember: bool = False) -> Iterator[None]:
     """Inside, `model` takes the fast routes of `device` in `precision` (fp32, bf16, or int8 where nothing learns), which each forward pass says by `autocast`.
 
     leave     blocks that somebody else runs
     learning  whether what is open for training changes meanwhile; all else must stay as it is
+    remember  of a model that does not learn, keep what was found out about it for the next time, with copies of its weights
     May be nested: the outermost counts. Raises UserError for int8 where something learns, and anywhere but on the processor.
     """
     if precision == "int8" and (learning or torch.device(device).type != "cpu"):
         raise UserError("int8 is for predicting and embedding on the processor; use fp32 or bf16 here.")
     with contextlib.ExitStack() as undo:
         if torch.device(device).type == "cpu" and model not in _inside:
-            _enter(model, precision, leave, learning, undo)
+            _enter(model, precision, leave, learning, remember, undo)
         yield
 
 
@@ -56,13 +57,13 @@ def route(device: str | torch.device) -> str:
 
 
 @contextlib.contextmanager
-def running(model: nn.Module, device: str | torch.device, precision: str) -> Iterator[None]:
+def running(model: nn.Module, device: str | torch.device, precision: str, remember: bool = False) -> Iterator[None]:
     """Both at once, for a model that does not learn meanwhile."""
-    with prepared(model, device, precision, learning=False), autocast(device, precision):
+    with prepared(model, device, precision, learning=False, remember=remember), autocast(device, precision):
         yield
 
 
-def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, undo: contextlib.ExitStack) -> None:
+def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, remember: bool, undo: contextlib.ExitStack) -> None:
     _inside.add(model)
     undo.callback(_inside.discard, model)
     gc.freeze()  # what is there now stays; looking through it again and again took 3 % of a small model's training step
@@ -72,7 +73,7 @@ def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learn
             config._attn_implementation = {"": attention.NAME}  # type: ignore[assignment]  # of itself alone, and not of the configs inside it
             undo.callback(setattr, config, "_attn_implementation", {"": "sdpa"})
     dtype = {"bf16": torch.bfloat16, "int8": torch.int8}.get(precision)
-    undo.enter_context(Fusing(model, dtype, leave, learning, then=functools.partial(_stock_modules, model, dtype, undo)))
+    undo.enter_context(Fusing(model, dtype, leave, learning, functools.partial(_stock_modules, model, dtype, undo), remember))
 
 
 def _stock_modules(model: nn.Module, dtype: torch.dtype | None, undo: contextlib.ExitStack, fused: Collection[nn.Module]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -14,6 +16,7 @@ from luthier.anatomy import Anatomy, Block
 from luthier.compute import attention, block
 from luthier.compute.block import FusedBlock, Step
 from luthier.compute.packing import Packing
+from luthier.compute.products import Linear
 from luthier.errors import UserError
 from luthier.methods.changes import Changed
 
@@ -30,10 +33,12 @@ class Fusing:
     leave     blocks that somebody else runs
     learning  whether what is open for training changes meanwhile
     then      called once with the modules of the fused blocks, as soon as they are known
+    remember  keep what is found out, with its laid-out weights, as long as the model lives, for the next context like this one
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, leave: Collection[nn.Module], learning: bool, then: Callable[[Collection[nn.Module]], None]):
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, leave: Collection[nn.Module], learning: bool, then: Callable[[Collection[nn.Module]], None], remember: bool = False):
         self.model, self.dtype, self.learning, self.then = model, dtype, learning, then
+        self.remember = remember and not learning and not leave
         self.leave = {id(module) for module in leave}
         self.blocks: dict[nn.Module, FusedBlock] = {}
         self.calls: list[nn.Module] = []  # the modules of all blocks, in the order of the forward pass
@@ -58,7 +63,10 @@ class Fusing:
         usual = not args and not any(kwargs.get(name) is not None and kwargs[name] is not False for name in UNUSUAL)
         if not self.known and usual and (rows := _telling(kwargs)) is not None:
             self.known = True  # at once, as finding out runs the model too
-            self._find_out({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) > 1 else x for name, x in kwargs.items()})
+            if not (self.remember and self._recall()):
+                self._find_out({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) > 1 else x for name, x in kwargs.items()})
+                if self.remember and self.blocks:
+                    _remembered[self.model] = _Found(self.dtype, _references(self.model), _numbers(self.blocks), self.calls, self.turned, self.leaves, self.blocks)
             self.then(self.blocks)
             self._clear()
         mask = kwargs.get("attention_mask")
@@ -78,9 +86,18 @@ class Fusing:
         self.handed: Tensor | None = None  # what the last fused block handed on in packed form
         self.turns: tuple[Any, tuple[Tensor, Tensor]] | None = None  # of rotary positions: what the last block was given, and the same packed
 
+    def _recall(self) -> bool:
+        """Whether this model was looked at before, and is what it was then."""
+        found = _remembered.get(self.model)
+        if found is None or found.dtype != self.dtype or _spells_out(self.model) or found.modules != _references(self.model) or found.numbers != _numbers(found.blocks):
+            return False
+        self.calls, self.turned, self.leaves, self.blocks = found.calls, found.turned, found.leaves, found.blocks
+        self._replace()
+        return True
+
     def _find_out(self, inputs: dict[str, Any]) -> None:
         """By `forward` itself: the hooks of the model, its own and those of others, belong to the pass that is under way."""
-        if any(getattr(self.model.config, name, False) for name in ("output_attentions", "output_hidden_states")):
+        if _spells_out(self.model):
             return
         try:
             anatomy = Anatomy.of(self.model)
@@ -225,6 +242,39 @@ class Fusing:
             cosines, sines = (self.packing.pack(x.expand(self.packing.shape[0], -1, -1)).float().contiguous() for x in given)
             self.turns = given, (cosines, sines)
         return self.turns[1]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found out about a model, and by what it is known again."""
+
+    dtype: torch.dtype | None
+    modules: list[weakref.ref[nn.Module]]
+    numbers: list[tuple[int, float]]
+    calls: list[nn.Module]
+    turned: dict[nn.Module, int]
+    leaves: str | None
+    blocks: dict[nn.Module, FusedBlock]
+
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
+
+
+def _references(model: nn.Module) -> list[weakref.ref[nn.Module]]:
+    """Of all modules in their order; not the modules, as they would keep the model."""
+    return [weakref.ref(module) for module in model.modules()]
+
+
+def _numbers(blocks: dict[nn.Module, FusedBlock]) -> list[tuple[int, float]]:
+    """Where the parameters of linear layers lie, and their sums: a change in place need not be counted by torch, and copies of these weights are kept."""
+    linears = {module: None for found in blocks.values() for piece in found.pieces if isinstance(piece, Linear) for module in piece.modules}
+    with torch.no_grad():
+        return [(p.data_ptr(), float(p.sum(dtype=torch.float32))) for module in linears for p in module.parameters()]
+
+
+def _spells_out(model: nn.Module) -> bool:
+    """Whether more is asked of the model than it answers with fused blocks."""
+    return any(getattr(model.config, name, False) for name in ("output_attentions", "output_hidden_states"))
 
 
 def _telling(inputs: dict[str, Any]) -> Tensor | slice | None:

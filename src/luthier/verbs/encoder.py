@@ -82,7 +82,7 @@ class Encoder:
 
     def _vectors(self, features: Sequence[Features], precision: str, batch_size: int = 64, progress: Callable[[int], None] = lambda texts: None) -> np.ndarray:
         found = np.empty((len(features), self._width()), dtype=np.float32)
-        with torch.inference_mode(), compute.running(self.model.eval(), self.device, precision):
+        with torch.inference_mode(), compute.running(self.model.eval(), self.device, precision, remember=True):
             for rows in by_length([f.length for f in features], batch_size):
                 batch = Batch(padded([features[i] for i in rows], self.tokenizer)).to(self.device)
                 found[rows] = as_floats(self.task.vectors(self.model, batch))
