@@ -72,7 +72,7 @@ class Encoder:
 
     def ready(self) -> contextlib.AbstractContextManager[None]:
         """Around many calls: the model is prepared once for all of them."""
-        return compute.prepared(self.model, self.device, self.precision, learning=False)
+        return compute.prepared(self.model, self.device, self.precision, learning=False, remember=True)
 
     def likeness(self, texts: Sequence[str], part: str = "document") -> np.ndarray:
         """(n,): the cosine between each text's vector and the one in fp32, which is what a precision costs. Not inside of `ready`."""

@@ -89,6 +89,16 @@ static void transpose(const float* x, int64_t count, int64_t width, int64_t padd
         for (int64_t t = 0; t < columns; t++) out[i * columns + t] = t < count ? x[t * padded + i] : 0;
 }
 
+// What a group's queries of a row meet: keys (turned, and across too) and values.
+template <class T>
+static void fetch_keys(const T* x, const Layout& as, const Row& at, int64_t group, int64_t padded, float* k, float* v, float* k_across) {
+    const T* row = x + at.first * as.stride();
+    fetch(row + as.key(group), as.stride(), at.length, as.width, padded, k);
+    fetch(row + as.value(group), as.stride(), at.length, as.width, padded, v);
+    turn(k, at.first, at.length, padded, as, false);
+    transpose(k, at.length, as.width, padded, k_across, whole(at.length));
+}
+
 // The number, for dropout, of the first weight of one of a row's queries: each weight of a batch has its own.
 static uint32_t number(const Layout& as, const Row& row, int64_t query, int64_t head) { return (uint32_t)(row.before * as.heads + (query * as.heads + head) * whole(row.length)); }
 
@@ -115,10 +125,7 @@ static void forward(int64_t rows, const Row* row, const Layout& as, const T* x, 
             for (int64_t group = 0; group < as.groups; group++) {
                 const Row& at = row[r];
                 const int64_t columns = whole(at.length);
-                fetch(x + at.first * as.stride() + as.key(group), as.stride(), at.length, as.width, padded, k);
-                fetch(x + at.first * as.stride() + as.value(group), as.stride(), at.length, as.width, padded, v);
-                turn(k, at.first, at.length, padded, as, false);
-                transpose(k, at.length, as.width, padded, across, columns);
+                fetch_keys(x, as, at, group, padded, k, v, across);
                 for (int64_t head = group * share; head < (group + 1) * share; head++)
                     for (int64_t from = 0; from < at.asked; from += QUERIES) {
                         const int64_t count = at.asked - from < QUERIES ? at.asked - from : QUERIES, keys = seen(as, at, from + count - 1), wide = whole(keys);
@@ -170,10 +177,7 @@ static void backward(int64_t tokens, int64_t rows, const Row* row, const Layout&
             for (int64_t group = 0; group < as.groups; group++) {
                 const Row& at = row[r];
                 const int64_t columns = whole(at.length);
-                fetch(x + at.first * as.stride() + as.key(group), as.stride(), at.length, as.width, padded, k);
-                fetch(x + at.first * as.stride() + as.value(group), as.stride(), at.length, as.width, padded, v);
-                turn(k, at.first, at.length, padded, as, false);
-                transpose(k, at.length, as.width, padded, k_across, columns);
+                fetch_keys(x, as, at, group, padded, k, v, k_across);
                 transpose(v, at.length, as.width, padded, v_across, columns);
                 memset(d_k, 0, at.length * padded * sizeof(float));
                 memset(d_v, 0, at.length * padded * sizeof(float));
