@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -122,3 +123,22 @@ def test_every_public_name_can_be_imported() -> None:
     for package in (luthier, machine):
         assert {*package._LAZY, "__version__"} == {*package.__all__, "__version__"}
         assert all(getattr(package, name) is not None for name in package.__all__)
+
+
+FAULTS = """
+import resource, torch
+from luthier.machine.setting import keep_memory
+keep_memory()
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(1 << 18) for _ in range(32)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([step() for _ in range(4)][-1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not GNU's")
+def test_freed_memory_stays_unless_the_user_chose() -> None:
+    pages = 32 * (1 << 20) // os.sysconf("SC_PAGESIZE")
+    assert int(python(FAULTS).stdout) < pages / 20
+    assert int(python(FAULTS, MALLOC_TRIM_THRESHOLD_="131072").stdout) > pages / 2

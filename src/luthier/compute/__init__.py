@@ -22,6 +22,7 @@ from luthier.compute import attention, embedding, kernels, linear
 from luthier.compute.dropout import dropout
 from luthier.compute.fusing import Fusing
 from luthier.errors import UserError
+from luthier.machine.setting import keep_memory
 
 _inside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -64,6 +65,7 @@ def running(model: nn.Module, device: str | torch.device, precision: str, rememb
 
 
 def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, remember: bool, undo: contextlib.ExitStack) -> None:
+    keep_memory()
     _inside.add(model)
     undo.callback(_inside.discard, model)
     gc.freeze()  # what is there now stays; looking through it again and again took 3 % of a small model's training step

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from luthier.compute.attention import Call
 from luthier.compute.dropout import multipliers, seeds
-from luthier.compute.kernels import LANES, kernel, memory
+from luthier.compute.kernels import kernel, memory
 from luthier.compute.tape import Piece, Tape, Tensors, Wants
 
 SHORT = 64  # tokens; rows up to here are attended in float32 whatever the products' type: torch's softmax is slower in bf16
@@ -97,20 +97,20 @@ class KernelAttention(Piece):
         call, turned = self.call, tape.turns[0].shape if tape.turns else None
         if x.dtype != self.dtype or x.shape[1] != (call.heads + 2 * call.groups) * call.width or turned not in (None, (len(x), call.width)):
             raise ValueError(f"attention of {call.heads} heads of {call.width} cannot read {x.dtype} {tuple(x.shape)}, turned by {turned}")
-        rows, width = _rows(tape), call.heads * call.width
+        rows, width = tape.packing.queries(tape.tokens), call.heads * call.width
         drops = seeds() if self.call.module.training and self.call.dropout else None
         out = x.new_zeros(len(rows), width) if tape.tokens is not None else x.new_empty(len(x), width)
         if tape.packing.spare and tape.tokens is None:
             out[-tape.packing.spare :] = 0
         normaliser = torch.empty(len(out), self.call.heads, dtype=torch.float32) if tape.flows else None
         self._forward(len(rows), memory(rows), *self._layout(tape), memory(x), memory(drops), self.call.dropout, memory(out), memory(normaliser))
-        tape.keep(x, normaliser, drops)
+        tape.keep(x, normaliser, drops, rows)
         return out
 
     def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor, Tensors]:
-        x, normaliser, drops = kept
-        assert x is not None and self._backward
-        rows, d_x, d = _rows(tape), torch.empty_like(x), d.to(x.dtype).contiguous()
+        x, normaliser, drops, rows = kept
+        assert x is not None and rows is not None and self._backward
+        d_x, d = torch.empty_like(x), d.to(x.dtype).contiguous()
         self._backward(
             len(x), len(rows), memory(rows), *self._layout(tape), memory(x), memory(d), memory(normaliser), memory(drops), self.call.dropout, memory(d_x),
         )  # fmt: skip
@@ -126,16 +126,6 @@ def packed_attention(call: Call, turned: int, dtype: torch.dtype) -> Piece | Non
     if kernel("attention_forward", dtype) and turned in (0, call.width):
         return KernelAttention(call, dtype)
     return PackedAttention(call) if call.groups == call.heads and not turned else None
-
-
-def _rows(tape: Tape) -> Tensor:
-    """(B, 6): of each row the first of its keys, how many, the first of its queries, how many, where their answers go, and how many weights of one head come before its own."""
-    first, length = tape.packing.rows.unbind(1)
-    asked, query, answer = length, first, first
-    if tape.tokens is not None:
-        asked, query, answer = torch.ones_like(first), tape.tokens, torch.arange(len(first))
-    weights = asked * (length + LANES - 1).div(LANES, rounding_mode="floor") * LANES
-    return torch.stack([first, length, query, asked, answer, weights.cumsum(0) - weights], 1)
 
 
 def _sources(x: Tensor, width: int, tape: Tape) -> list[Tensor]:

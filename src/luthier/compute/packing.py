@@ -9,6 +9,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from luthier.compute.kernels import LANES
+
 STEP = 32  # the number of packed tokens is a multiple of it, and of an eighth to a sixteenth of itself where that is more: oneDNN builds and keeps a kernel for every new number of rows, which costs as much time as the product itself
 
 
@@ -61,6 +63,26 @@ class Packing:
     def rows(self) -> Tensor:
         """(B, 2): of each packed row, its first token and how many it has."""
         return torch.tensor([(first + row * length, length) for first, rows, length in self.groups for row in range(rows)], dtype=torch.int64).view(-1, 2)
+
+    @functools.cached_property
+    def all_queries(self) -> Tensor:
+        """`queries` of all tokens: every block but the last asks for the same."""
+        first, length = self.rows.unbind(1)
+        return self._queries(first, length, first)
+
+    def queries(self, tokens: Tensor | None) -> Tensor:
+        """(B, 6): of each packed row the first of its keys, how many, the first of its queries, how many, where their answers go, and how many weights of one head come before its own.
+
+        tokens  one of each row, whose queries are the only ones; None: all
+        """
+        if tokens is None:
+            return self.all_queries
+        return self._queries(tokens, torch.ones_like(tokens), torch.arange(len(tokens)))
+
+    def _queries(self, query: Tensor, asked: Tensor, answer: Tensor) -> Tensor:
+        first, length = self.rows.unbind(1)
+        weights = asked * (length + LANES - 1).div(LANES, rounding_mode="floor") * LANES
+        return torch.stack([first, length, query, asked, answer, weights.cumsum(0) - weights], 1)
 
     def ends(self, last: bool) -> Tensor:
         """(B,): of each packed row, where its first or last token is."""

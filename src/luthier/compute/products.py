@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +42,10 @@ class Linear(Piece):
         self.laid_out: dict[str, Tensor] | None = {} if onednn and not self.changing else None
 
     def tensors(self) -> Tensors:
-        """weight (out, in) and bias (out) in the type of the products, then of each low-rank change its factors a (r, in) and b (some rows, r)."""
+        """Where they change from call to call, the weights (out, in) and then the biases (out) of all modules, in their own type; of each low-rank change its factors a (r, in) and b (some rows, r)."""
         if self.kept is None and not self.changing:
             with torch.inference_mode(False), torch.no_grad():
-                self.kept = self._weights()
+                self.kept = self._joined(*self._own())
                 if self.rounds:
                     self.rounded, self.kept = int8.Product(*self.kept, kernel), (None, None)
         self.places: list[tuple[int, float]] = []  # of each low-rank change, where its rows start, and its scale
@@ -53,26 +55,28 @@ class Linear(Piece):
                 a, b, scale = found
                 self.places.append((start, scale))
                 factors += a, b
-        return *(self.kept or self._weights()), *factors
+        weights, biases = self._own() if self.changing else ((), ())
+        return *weights, *biases, *factors
 
     def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
-        weight, bias, *factors = tensors
+        weights, biases, factors = self._split(tensors)
+        weight, bias = self.kept or self._joined(weights, biases)
         read = x.to(self.dtype)
-        down, up = self._joined(factors)
+        down, up = self._low_rank(factors)
         y = self._product(read, weight, bias)
         low = None
         if down is not None and up is not None:
             low = read @ down.T
             y.addmm_(low, up.T)
-        of_factors = any(wants[3:])
-        tape.keep(read if wants[1] or of_factors else None, low if of_factors else None, down, up)
+        of_factors = any(self._split(wants[1:])[2])
+        tape.keep(read if any(wants[1:]) else None, low if of_factors else None, weight, down, up)
         return y
 
     def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
-        read, low, down, up = kept
-        weight, _, *factors = tensors
+        read, low, weight, down, up = kept
         assert weight is not None
-        of_x, of_weight, of_bias, *of_factors = wants
+        of_x, (of_weights, of_biases, of_factors) = wants[0], self._split(wants[1:])
+        weights, biases, factors = self._split(tensors)
         d = d.to(self.dtype)
         d_low = d @ up if up is not None and (of_x or any(of_factors)) else None
         d_x = None
@@ -80,11 +84,12 @@ class Linear(Piece):
             d_x = d @ weight if self.laid_out is None else self._by_layout("backward", d, weight.T, None)
             if d_low is not None and down is not None:
                 d_x.addmm_(d_low, down)
-        d_weight = d.T @ read if of_weight and read is not None else None
+        d_weights = self._each(d.T @ read, weights, of_weights) if any(of_weights) and read is not None else [None] * len(weights)
+        d_biases = self._each(d.sum(0), biases, of_biases) if any(of_biases) else [None] * len(biases)
         d_factors: Sequence[Tensor | None] = [None] * len(factors)
         if any(of_factors) and d_low is not None and low is not None and read is not None:
             d_factors = self._apart(d_low.T @ read, d.T @ low, factors)
-        return d_x, (d_weight, d.sum(0) if of_bias else None, *d_factors)
+        return d_x, (*d_weights, *d_biases, *d_factors)
 
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.rounded is not None:
@@ -101,10 +106,10 @@ class Linear(Piece):
 
     def _changes(self) -> list[tuple[int, Change]]:
         """(first row among all outputs, change)"""
-        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        return [(start + (change.rows.start if change.rows else 0), change) for start, module in zip(starts, self.modules, strict=True) if isinstance(module, Changed) for change in module.changes()]
+        return [(part.start + (change.rows.start if change.rows else 0), change) for part, module in zip(self._parts(), self.modules, strict=True) if isinstance(module, Changed) for change in module.changes()]
 
-    def _weights(self) -> tuple[Tensor, Tensor | None]:
+    def _own(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Weight and bias of each module, with the changes that are no products of their own."""
         weights = []
         for module in self.modules:
             weight = site_weight(module, None)
@@ -113,15 +118,36 @@ class Linear(Piece):
                     rows = change.rows or slice(0, len(weight))
                     changed = change.method.effective(weight[rows], change.cast(weight))
                     weight = torch.cat([weight[: rows.start], changed, weight[rows.stop :]]) if change.rows else changed
-            weights.append(weight.to(self.dtype))
-        biases = [module.bias for module in self.modules]
-        if all(bias is None for bias in biases):
-            bias = None
-        else:
-            bias = _cat([weight.new_zeros(len(weight)) if bias is None else bias.to(self.dtype) for weight, bias in zip(weights, biases, strict=True)])  # type: ignore[union-attr]
-        return _cat(weights), bias
+            weights.append(weight)
+        return weights, [module.bias for module in self.modules]  # type: ignore[misc]
 
-    def _joined(self, factors: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    def _joined(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """Side by side, in the type of the products; what is so already is not copied."""
+        if len(weights) == 1 and weights[0].dtype == self.dtype:
+            return weights[0], None if biases[0] is None else biases[0].to(self.dtype)
+        joined = weights[0].new_empty(sum(self.sizes), weights[0].shape[1], dtype=self.dtype)
+        bias = None if all(own is None for own in biases) else joined.new_zeros(len(joined))
+        for weight, own, part in zip(weights, biases, self._parts(), strict=True):
+            joined[part] = weight
+            if own is not None and bias is not None:
+                bias[part] = own
+        return joined, bias
+
+    def _split(self, of_each: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """What belongs to the weights, the biases and the factors."""
+        count = len(self.modules) if self.changing else 0
+        return of_each[:count], of_each[count : 2 * count], of_each[2 * count :]
+
+    def _parts(self) -> list[slice]:
+        """The rows of each module."""
+        ends = list(itertools.accumulate(self.sizes))
+        return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+
+    def _each(self, d: Tensor, own: Sequence[Tensor | None], wants: Sequence[bool]) -> list[Tensor | None]:
+        """The part of each module, in its own type, where it is wanted. Never a part of the same memory: autograd would copy it, or it would keep all of it."""
+        return [d[part].to(x.dtype, copy=True) if x is not None and wanted else None for part, x, wanted in zip(self._parts(), own, wants, strict=True)]
+
+    def _low_rank(self, factors: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         """`down` and `up` from the factors of each change"""
         if not factors:
             return None, None
@@ -148,6 +174,3 @@ def type_around(dtype: torch.dtype | None, module: nn.Module) -> torch.dtype:
     """The type of what goes into products of `dtype` and comes out of them; of whole numbers, that of the module's weights."""
     return next(module.parameters()).dtype if dtype in (None, torch.int8) else dtype  # type: ignore[return-value]
 
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -1,10 +1,12 @@
-"""What is set before torch is there: the cap on oneDNN's instructions where AMX is not known to be sound, and how long threads wait awake.
+"""What is set for the process: the cap on oneDNN's instructions where AMX is not known to be sound, how long threads wait awake, and that freed memory stays.
 
 oneDNN reads its variable once, when torch first computes with it, and OpenMP reads its own when torch is imported; what is set later changes nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import sys
 
@@ -21,6 +23,11 @@ SPINS = ("GOMP_SPINCOUNT", "3000")
 THREADS = "OMP_NUM_THREADS"
 MARK_THREADS = "LUTHIER_SHARES"  # which of these luthier has set
 WAITS = ("OMP_WAIT_POLICY", SPINS[0])  # by which a user may have chosen otherwise
+
+# The C library hands back what is freed at the end of the heap, and fetches it again page by page in the next step: thousands of page faults.
+TRIM, MMAP = -1, -3  # its numbers for these two: from what size on the free end is handed back, and from what size on memory is mapped for itself
+LARGEST_MMAP = 1 << 25  # that it allows: larger tensors come and go as they did
+MALLOC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")  # by which a user may have chosen otherwise
 
 _earlier: set[str] = set()  # settings that torch may already have read when luthier changed them
 
@@ -47,6 +54,14 @@ def share() -> None:
     if chosen:
         os.environ.update(chosen)
         os.environ[MARK_THREADS] = ",".join([*filter(None, [os.environ.get(MARK_THREADS)]), *map("=".join, chosen.items())])
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Let this process keep the small memory that it frees, unless the user chose. Where the C library is not GNU's nothing is done."""
+    if sys.platform == "linux" and not any(name in os.environ for name in MALLOC) and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(TRIM, 2**31 - 1)
+        library.mallopt(MMAP, LARGEST_MMAP)
 
 
 def lift() -> None:

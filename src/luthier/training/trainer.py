@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from luthier import compute
+from luthier.compute.adamw import AdamW
 from luthier.data.batch import Batch
 from luthier.data.rows import Rows
 from luthier.errors import UserError
@@ -223,18 +224,16 @@ class Trainer:
         total, count = sums.tolist()  # type: ignore[union-attr]
         if count == 0:
             raise UserError(f"Step {step + 1}: its rows hold nothing to learn from ({self._where(rows)}). Every supervised token may have been cut off: raise --max-length.")
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         mean = self.world / count
-        norm = float(nn.utils.get_total_norm(gradients)) * mean
+        norm = self.optimizer.norm() * mean
         if not (norm < float("inf")):
             raise UserError(f"Step {step + 1}: the gradient is {norm} (rows: {self._where(rows)}). {self._advice()}")
         if self.state["moves"] < 2:
             self._check_reached(step, norm)
-        torch._foreach_mul_(gradients, mean * min(1.0, self.settings.clip / (norm + 1e-6)))  # type: ignore[attr-defined]  # the mean and the clipping in one pass over memory
         rate = self.settings.lr * schedule.factor(step, self.total, self.settings.warmup, self.settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(scale=mean * min(1.0, self.settings.clip / (norm + 1e-6)))
         self.optimizer.zero_grad(set_to_none=True)
         self.state["step"] = step + 1
         self.state["seconds"] += time.perf_counter() - started
@@ -296,12 +295,12 @@ class Trainer:
             for module in self.eval_modules:
                 module.training = False
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> AdamW:
         """AdamW; biases, norms and other vectors are not decayed."""
         matrices = [p for p in self.parameters.values() if p.dim() > 1]
         vectors = [p for p in self.parameters.values() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": self.settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.settings.lr, fused=True)
+        return AdamW([g for g in groups if g["params"]], lr=self.settings.lr)
 
     def _evaluates(self, step: int) -> bool:
         every = self.settings.evaluate_every * self.per_epoch

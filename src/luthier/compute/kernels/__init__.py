@@ -25,7 +25,7 @@ from torch import Tensor
 from luthier.machine.answer import cache_folder, cpu
 
 HERE = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-fno-math-errno", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 TIMEOUT = 120  # seconds
 SWITCH = "LUTHIER_KERNELS"
 FAILED, BUILDING = ".failed", "kernels-building-"
@@ -37,7 +37,9 @@ SIGNATURES = {
     "join_backward": "nnppp" + "ppppn" + "pr" + "pppp",
     "attention_forward": "npnnnnrpp" + "ppr" + "pp",
     "attention_backward": "nnpnnnnrpp" + "ppppr" + "p",
-    **dict.fromkeys(("round_rows", "spread_rows"), "nnppp"),  # float32 only
+    **dict.fromkeys(("round_rows", "spread_rows"), "nnppp"),  # float32 only, as are the next two
+    "squares": "nppp",
+    "adamw": "npp" + "pppppp" + "rrrrrr",
     **dict.fromkeys(ACTIVATIONS, "nppp"),
     **{f"gated_{name}": "nnppp" for name in ACTIVATIONS},
 }

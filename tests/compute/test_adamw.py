@@ -1,0 +1,133 @@
+"""The optimiser against torch's own in float64: whole and half-empty tables, vectors, two groups, a scale; and each taking over from the other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from luthier.compute import adamw
+from luthier.compute.adamw import AdamW
+
+SHAPES = [(300, 48), (7, 5, 3), (33,), (1,), (20, 1000)]
+LR = 1e-2
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(adamw, "kernel", lambda *_: None)
+    elif adamw.kernel("adamw", torch.float32) is None:
+        pytest.skip("no kernels on this machine")
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    rng = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=rng).to(dtype)) for shape in SHAPES]
+
+
+def groups(own: list[nn.Parameter]) -> list[dict]:
+    return [{"params": own[:2] + own[4:], "weight_decay": 0.1}, {"params": own[2:4], "weight_decay": 0.0}]
+
+
+def gradients(step: int) -> list[Tensor | None]:
+    """Few rows of the first have one, others later; the last has none at first."""
+    rng = torch.Generator().manual_seed(step + 1)
+    found: list[Tensor | None] = [torch.randn(shape, generator=rng) * 10.0 ** -(i % 3) for i, shape in enumerate(SHAPES)]
+    assert found[0] is not None
+    found[0][(step + 1) * 10 :] = 0
+    if step < 2:
+        found[4] = None
+    return found
+
+
+def give(own: list[nn.Parameter], step: int) -> None:
+    for p, d in zip(own, gradients(step), strict=True):
+        p.grad = None if d is None else d.to(p.dtype)
+
+
+def stepped(own: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range, scale: float) -> None:
+    for step in steps:
+        give(own, step)
+        if isinstance(optimizer, AdamW):
+            optimizer.step(scale=scale)
+            continue
+        for p in own:
+            if p.grad is not None:
+                p.grad *= scale
+        optimizer.step()
+
+
+def reference(steps: int, scale: float) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    own = parameters(torch.float64)
+    optimizer = torch.optim.AdamW(groups(own), lr=LR)
+    stepped(own, optimizer, range(steps), scale)
+    return own, optimizer
+
+
+def same(found: list[nn.Parameter], expected: list[nn.Parameter]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("scale", [1.0, 0.03])
+def test_steps_are_those_of_torch(scale: float) -> None:
+    own = parameters()
+    optimizer = AdamW(groups(own), lr=LR)
+    stepped(own, optimizer, range(8), scale)
+    expected, other = reference(8, scale)
+    same(own, expected)
+    for p, q in zip(own, expected, strict=True):
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for name in optimizer.state[p]:
+            torch.testing.assert_close(optimizer.state[p][name].double(), other.state[q][name].double(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("order", [(AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW)])
+def test_either_goes_on_where_the_other_stopped(order: tuple[type, type]) -> None:
+    own = parameters()
+    first = order[0](groups(own), lr=LR)
+    stepped(own, first, range(3), 1.0)
+    second = order[1](groups(own), lr=LR)
+    second.load_state_dict(first.state_dict())
+    stepped(own, second, range(3, 8), 1.0)
+    same(own, reference(8, 1.0)[0])
+
+
+def test_moments_that_somebody_changes_count() -> None:
+    """A row at rest is known to be so for as long as its moments stay."""
+    own, expected = parameters(), parameters(torch.float64)
+    both = [(own, AdamW(groups(own), lr=LR)), (expected, torch.optim.AdamW(groups(expected), lr=LR))]
+    for tensors, optimizer in both:
+        stepped(tensors, optimizer, range(2), 1.0)
+        optimizer.state[tensors[0]]["exp_avg"][250:] += 0.5
+        optimizer.state[tensors[0]]["exp_avg_sq"][250:] += 0.5
+        stepped(tensors, optimizer, range(2, 4), 1.0)
+    same(own, expected)
+
+
+@pytest.mark.usefixtures("route")
+def test_the_norm_is_that_of_all_gradients() -> None:
+    own = parameters()
+    optimizer = AdamW(groups(own), lr=LR)
+    assert optimizer.norm() == 0
+    give(own, 3)
+    assert optimizer.norm() == pytest.approx(float(nn.utils.get_total_norm([p.grad.double() for p in own if p.grad is not None])), rel=1e-6)
+    own[2].grad[5] = math.nan  # type: ignore[index]
+    assert math.isnan(optimizer.norm())
+
+
+@pytest.mark.skipif(adamw.kernel("adamw", torch.float32) is None, reason="no kernels on this machine")
+def test_a_step_is_seen_by_autograd() -> None:
+    """A backward pass through numbers that have changed since is an error."""
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = AdamW([weight], lr=LR)
+    loss = (weight**2).sum()
+    weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
