@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.compute.heads import logits_of
+from luthier.compute.losses import cross_entropy
 from luthier.data.batch import Batch, pad
 from luthier.data.columns import Column
 from luthier.data.rows import Row, Rows
@@ -98,16 +99,16 @@ class TextGeneration(Task):
         labels = batch.targets["labels"][:, 1:]
         rows, places = (labels != IGNORED).nonzero(as_tuple=True)
         logits = logits_of(model, {**batch.inputs, "use_cache": False}, rows * (labels.shape[1] + 1) + places)
-        return logits.float(), labels[rows, places], rows
+        return logits, labels[rows, places], rows
 
     def loss(self, model: nn.Module, batch: Batch) -> Term:
         logits, labels, _ = self._foreseen(model, batch)
-        return Term(nn.functional.cross_entropy(logits, labels, reduction="sum"), float(len(labels)), per="token")
+        return Term(cross_entropy(logits, labels).sum(), float(len(labels)), per="token")
 
     def outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
         """(4,) of each row: negative log-likelihood, tokens, tokens whose best guess is right, bytes of the text."""
         logits, labels, rows = self._foreseen(model, batch)
-        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        losses = cross_entropy(logits, labels)
         values = torch.stack([losses, torch.ones_like(losses), (logits.argmax(-1) == labels).float()], 1).double()
         sums = values.new_zeros(len(batch.targets["bytes"]), 3).index_add(0, rows, values)
         return list(torch.cat([sums, batch.targets["bytes"].to(sums)[:, None]], 1).cpu().numpy())

@@ -37,6 +37,7 @@ SIGNATURES = {
     "join_backward": "nnppp" + "ppppn" + "pr" + "pppp",
     "attention_forward": "npnnnnrpp" + "ppr" + "pp",
     "attention_backward": "nnpnnnnrpp" + "ppppr" + "p",
+    "cross_entropy": "nnpppp",
     **dict.fromkeys(("round_rows", "spread_rows"), "nnppp"),  # float32 only, as are the next two
     "squares": "nppp",
     "adamw": "npp" + "pppppp" + "rrrrrr",

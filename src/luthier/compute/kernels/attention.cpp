@@ -16,7 +16,7 @@ INLINE void tile(int64_t K, const float* a, int64_t along_m, int64_t along_k, co
         for (int n = 0; n < N; n++) sums[m][n] = adds ? load(c + m * ldc + n * LANES) : Vec{};
     for (int64_t k = 0; k < K; k++) {
         Vec right[N];
-        for (int n = 0; n < N; n++) right[n] = load(b + k * ldb + n * LANES);
+        for (int n = 0; n < N; n++) hold(right[n] = load(b + k * ldb + n * LANES));
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++) sums[m][n] += a[m * along_m + k * along_k] * right[n];
     }
