@@ -98,6 +98,36 @@ def test_either_goes_on_where_the_other_stopped(order: tuple[type, type]) -> Non
     same(own, reference(8, 1.0)[0])
 
 
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.2])
+def test_gradients_of_some_rows_are_dense_ones_with_zeros(scale: float, tied: bool) -> None:
+    """Of words that come several times, in several batches of a step, in other steps not at all; and of a table that also is the head."""
+    start = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    found = []
+    for sparse in (True, False):
+        rng = torch.Generator().manual_seed(1)
+        table = nn.Parameter(start.clone() if sparse else start.double())
+        other = nn.Parameter(table.detach()[:6].clone())
+        optimizer = AdamW([table, other], lr=LR) if sparse else torch.optim.AdamW([table, other], lr=LR)
+        for step in range(6):
+            for _ in range(2):
+                ids = torch.randint(0, 5 + 8 * (step % 3), (3, 4), generator=rng)
+                x = nn.functional.embedding(ids, table, padding_idx=3, sparse=sparse) @ other
+                (x @ table.T if tied else x).sin().sum().backward()
+            assert table.grad is not None and table.grad.is_sparse == (sparse and not tied)
+            dense = [p.grad.to_dense() for p in (table, other) if p.grad is not None]
+            if isinstance(optimizer, AdamW):
+                assert optimizer.norm() == pytest.approx(float(nn.utils.get_total_norm(dense)), rel=1e-5)
+                optimizer.step(scale=scale)
+            else:
+                table.grad, other.grad = (x * scale for x in dense)
+                optimizer.step()
+            optimizer.zero_grad()
+        found.append([table.detach().double(), other.detach().double()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_moments_that_somebody_changes_count() -> None:
     """A row at rest is known to be so for as long as its moments stay."""
     own, expected = parameters(), parameters(torch.float64)

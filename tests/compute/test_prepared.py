@@ -122,3 +122,26 @@ def test_one_cast_for_all_that_read_it() -> None:
     with torch.inference_mode():
         y = torch.randn(2)
         assert cast(y) is cast(y)
+
+
+def test_gradients_of_large_tables_are_sparse_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "LARGE", 0)
+    model, inputs = tiny_model("bert"), tiny_inputs("bert")
+    expected = answers(model, inputs)
+    table = model.get_input_embeddings().weight  # type: ignore[union-attr]
+    with compute.prepared(model, "cpu", "fp32"):
+        answers(model, inputs)
+        assert not table.grad.is_sparse  # type: ignore[union-attr]
+    with compute.prepared(model, "cpu", "fp32", sparse=True):
+        out, gradients = answers(model, inputs)
+        assert table.grad.is_sparse  # type: ignore[union-attr]
+    torch.testing.assert_close((out, {name: g.to_dense() for name, g in gradients.items()}), expected, rtol=1e-3, atol=1e-4)
+    answers(model, inputs)
+    assert not table.grad.is_sparse, "the model is as it was"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("module", [nn.Embedding(9, 4, max_norm=1.0), nn.Embedding(9, 4, scale_grad_by_freq=True), nn.Embedding(9, 4).requires_grad_(False)], ids=["max_norm", "scaled", "frozen"])
+def test_tables_that_compute_otherwise_stay_dense(module: nn.Embedding, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "LARGE", 0)
+    with compute.prepared(nn.ModuleList([module]), "cpu", "fp32", sparse=True):
+        assert not module.sparse

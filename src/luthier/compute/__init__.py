@@ -18,29 +18,32 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from luthier import machine
-from luthier.compute import attention, embedding, kernels, linear
+from luthier.compute import attention, kernels, linear
 from luthier.compute.dropout import dropout
 from luthier.compute.fusing import Fusing
 from luthier.errors import UserError
 from luthier.machine.setting import keep_memory
 
+LARGE = 1 << 22  # numbers of a table of embeddings from which on a gradient of a step's rows pays
+
 _inside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True, remember: bool = False) -> Iterator[None]:
+def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True, remember: bool = False, sparse: bool = False) -> Iterator[None]:
     """Inside, `model` takes the fast routes of `device` in `precision` (fp32, bf16, or int8 where nothing learns), which each forward pass says by `autocast`.
 
     leave     blocks that somebody else runs
     learning  whether what is open for training changes meanwhile; all else must stay as it is
     remember  of a model that does not learn, keep what was found out about it for the next time, with copies of its weights
+    sparse    whether gradients of large tables of embeddings may be sparse tensors of the rows that were looked up
     May be nested: the outermost counts. Raises UserError for int8 where something learns, and anywhere but on the processor.
     """
     if precision == "int8" and (learning or torch.device(device).type != "cpu"):
         raise UserError("int8 is for predicting and embedding on the processor; use fp32 or bf16 here.")
     with contextlib.ExitStack() as undo:
         if torch.device(device).type == "cpu" and model not in _inside:
-            _enter(model, precision, leave, learning, remember, undo)
+            _enter(model, precision, leave, learning, remember, sparse, undo)
         yield
 
 
@@ -64,7 +67,7 @@ def running(model: nn.Module, device: str | torch.device, precision: str, rememb
         yield
 
 
-def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, remember: bool, undo: contextlib.ExitStack) -> None:
+def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, remember: bool, sparse: bool, undo: contextlib.ExitStack) -> None:
     keep_memory()
     _inside.add(model)
     undo.callback(_inside.discard, model)
@@ -74,6 +77,10 @@ def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learn
         if config._attn_implementation == "sdpa":
             config._attn_implementation = {"": attention.NAME}  # type: ignore[assignment]  # of itself alone, and not of the configs inside it
             undo.callback(setattr, config, "_attn_implementation", {"": "sdpa"})
+    tables = [m for m in model.modules() if type(m) is nn.Embedding and _takes_rows(m)] if sparse else []
+    for module in tables:
+        module.sparse = True
+        undo.callback(setattr, module, "sparse", False)
     dtype = {"bf16": torch.bfloat16, "int8": torch.int8}.get(precision)
     undo.enter_context(Fusing(model, dtype, leave, learning, functools.partial(_stock_modules, model, dtype, undo), remember))
 
@@ -92,10 +99,12 @@ def _stock_modules(model: nn.Module, dtype: torch.dtype | None, undo: contextlib
             continue
         if type(module) is nn.Dropout and not module.inplace:
             _replace(module, "forward", functools.partial(_drop, module), undo)
-        elif embedding.fits(module):
-            _replace(module, "forward", embedding.Table(module), undo)  # type: ignore[arg-type]
         elif module in other:
             _replace(module, linear.place(module), other[module](), undo)
+
+
+def _takes_rows(module: nn.Embedding) -> bool:
+    return module.weight.requires_grad and module.weight.numel() >= LARGE and module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
 def _drop(module: nn.Dropout, x: torch.Tensor) -> torch.Tensor:

@@ -16,38 +16,55 @@ from luthier.compute.kernels import kernel, memory
 class AdamW(torch.optim.AdamW):
     """Its state is torch's own, so that either can go on where the other stopped; a step's numbers differ in their last bits.
 
-    A row of a matrix that never had a gradient (in a table of embeddings, a word that did not come yet) has moments of 0.
-    It is decayed, as torch does, but its moments are not gone through.
+    A gradient of a matrix may be a sparse tensor of some of its rows, as those of embeddings can be. The step is that of the
+    dense one with zeros elsewhere: all rows are decayed, and go on by their moments. Rows that never had a gradient have none,
+    and those are not gone through.
     """
 
     def __init__(self, params: Iterable[Any], lr: float):
         super().__init__(params, lr=lr, fused=True)
         self._rows: dict[Tensor, tuple[Tensor, int, np.ndarray]] = {}  # what is known of the rows of a parameter, as long as its moments are these
+        self._dense: dict[Tensor, Tensor] = {}  # memory for gradients that come sparse where no kernel takes them so
 
     @torch.no_grad()
     def norm(self) -> float:
         """Of all gradients together."""
-        gradients = [p.grad for p in self._learning()]
-        if (run := kernel("squares", torch.float32)) and all(map(_plain, gradients)):
-            sizes, total = np.array([x.numel() for x in gradients], dtype=np.int64), np.zeros(1)
-            run(len(gradients), sizes.ctypes.data, _pointers(gradients).ctypes.data, total.ctypes.data)
+        learning = self._learning()
+        if run := _kernel("squares", learning):
+            values = [_values(p.grad) for p in learning]
+            sizes, total = np.array([x.numel() for x in values], dtype=np.int64), np.zeros(1)
+            run(len(values), sizes.ctypes.data, _pointers(values).ctypes.data, total.ctypes.data)
             return math.sqrt(total.item())
-        return float(nn.utils.get_total_norm(gradients))
+        self._spread(learning)
+        return float(nn.utils.get_total_norm([p.grad for p in learning]))
 
     @torch.no_grad()
     def step(self, closure: None = None, *, scale: float = 1.0) -> None:  # type: ignore[override]
         """scale: what all gradients count for, as when they are clipped; they themselves may be left as they are"""
-        run = kernel("adamw", torch.float32)
-        if run and all(_plain(p) and _plain(p.grad) for p in self._learning()):
+        learning = self._learning()
+        if run := _kernel("adamw", learning):
             for group in self.param_groups:
                 self._run(run, group, [p for p in group["params"] if p.grad is not None], scale)
             return
+        self._spread(learning)
         if scale != 1:
-            torch._foreach_mul_([p.grad for p in self._learning()], scale)  # type: ignore[attr-defined]
+            torch._foreach_mul_([p.grad for p in learning], scale)  # type: ignore[attr-defined]
         super().step()
 
     def _learning(self) -> list[Any]:
-        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        """The parameters with a gradient; each row of a sparse one is there once."""
+        learning = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in learning:
+            if p.grad.is_sparse:
+                p.grad = p.grad.coalesce()
+        return learning
+
+    def _spread(self, learning: list[Any]) -> None:
+        """Make sparse gradients dense, in memory that is asked for once: the system takes so much back at once, and hands it out again page by page."""
+        for p in learning:
+            if p.grad.is_sparse:
+                dense = self._dense.setdefault(p, torch.empty_like(p))
+                p.grad = dense.zero_().index_copy_(0, p.grad.indices()[0], p.grad.values())
 
     def _run(self, run: Callable[..., None], group: dict[str, Any], learning: Sequence[Tensor], scale: float) -> None:
         for p in learning:
@@ -56,7 +73,7 @@ class AdamW(torch.optim.AdamW):
         states = [self.state[p] for p in learning]
         rows = [self._rows_of(p, state["exp_avg"]) for p, state in zip(learning, states, strict=True)]
         sizes = np.array([[len(known) for known in rows], [p.numel() // len(known) for p, known in zip(learning, rows, strict=True)]], dtype=np.int64)
-        tensors = [learning, [p.grad for p in learning], *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))]
+        tensors = [learning, [_values(p.grad) for p in learning], [_places(p.grad) for p in learning], *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))]
         arrays = [*sizes, *map(_pointers, tensors), np.array([known.ctypes.data for known in rows], dtype=np.int64)]
         run(len(learning), *(x.ctypes.data for x in arrays), group["lr"], group["weight_decay"], *group["betas"], group["eps"], scale)
         torch.autograd.graph.increment_version(learning)
@@ -69,9 +86,27 @@ class AdamW(torch.optim.AdamW):
         return known[2]
 
 
-def _plain(x: Tensor | None) -> bool:
-    return x is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.layout == torch.strided and x.is_contiguous() and x.numel() > 0
+def _kernel(name: str, learning: Sequence[Tensor]) -> Callable[..., None] | None:
+    """The kernel of that name where it can take all of these parameters and their gradients."""
+    return kernel(name, torch.float32) if all(_plain(p) and (p.grad.is_sparse or _plain(p.grad)) for p in learning) else None  # type: ignore[union-attr, arg-type]
 
 
-def _pointers(tensors: Sequence[Tensor]) -> np.ndarray:
-    return np.array([memory(x) for x in tensors], dtype=np.int64)
+def _plain(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.layout == torch.strided and x.is_contiguous() and x.numel() > 0
+
+
+def _values(gradient: Any) -> Tensor:
+    return gradient.values() if gradient.is_sparse else gradient  # type: ignore[no-any-return]
+
+
+def _places(gradient: Any) -> Tensor | None:
+    """(rows,): where among the values of a sparse gradient a row's own are; -1 where it has none."""
+    if not gradient.is_sparse:
+        return None
+    places = torch.full((len(gradient),), -1, dtype=torch.int32)
+    places[gradient.indices()[0]] = torch.arange(len(gradient.values()), dtype=torch.int32)
+    return places
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> np.ndarray:
+    return np.array([memory(x) or 0 for x in tensors], dtype=np.int64)

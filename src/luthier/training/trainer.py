@@ -157,7 +157,7 @@ class Trainer:
         started = time.perf_counter()
         frozen_states = self._frozen_states()
         self.state["seconds"] += time.perf_counter() - started
-        with compute.prepared(self.model, self.device, settings.precision, leave=self.trunk.blocks if self.trunk and frozen_states is self.trunk else ()):
+        with compute.prepared(self.model, self.device, settings.precision, leave=self.trunk.blocks if self.trunk and frozen_states is self.trunk else (), sparse=self.world == 1):
             self._train(frozen_states, fresh=not found)
         if self.main and self.validation and (self.folder / "checkpoints" / "best").exists():  # the first process alone saves, measures and cleans up
             checkpoints.restore(self.model, checkpoints.read(self.folder / "checkpoints" / "best", self.device)[0])
@@ -273,7 +273,7 @@ class Trainer:
         """Every parameter that is open must have had a gradient other than zero within two steps in which anything had one."""
         self.state["moves"] += norm > 0  # rows that tell the model nothing new (all of one score) move nothing
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None and bool((parameter.grad != 0).any()):
+            if parameter.grad is not None and bool(((parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad) != 0).any()):
                 self.reached.add(name)
         if self.state["moves"] == 2 or step == PATIENT:
             lost = sorted(set(self.parameters) - self.reached)

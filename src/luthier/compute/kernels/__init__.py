@@ -40,7 +40,7 @@ SIGNATURES = {
     "cross_entropy": "nnpppp",
     **dict.fromkeys(("round_rows", "spread_rows"), "nnppp"),  # float32 only, as are the next two
     "squares": "nppp",
-    "adamw": "npp" + "pppppp" + "rrrrrr",
+    "adamw": "npp" + "ppppppp" + "rrrrrr",
     **dict.fromkeys(ACTIVATIONS, "nppp"),
     **{f"gated_{name}": "nnppp" for name in ACTIVATIONS},
 }

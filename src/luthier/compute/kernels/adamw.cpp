@@ -44,17 +44,18 @@ static bool nothing(const float* x, int64_t count) {
     return !found;
 }
 
-// A row without gradient or moments is decayed and no more: of a table of embeddings that is most, and its moments need not be read.
+// gradient: null if it is 0. A row without gradient or moments is decayed and no more: of a table of embeddings that is most, and its moments need not be read.
 static bool rests(Row& row, const float* gradient, const float* mean, const float* square, int64_t width) {
     if (row == MOVES) return false;
-    if (!nothing(gradient, width))
+    if (gradient && !nothing(gradient, width))
         row = MOVES;
     else if (row == UNKNOWN)
         row = nothing(mean, width) && nothing(square, width) ? RESTS : MOVES;
     return row == RESTS;
 }
 
-extern "C" void adamw_float32(int64_t count, const int64_t* rows, const int64_t* widths, float** values, float** gradients, float** means, float** squares, float** steps, Row** states,
+// places: of each row, where among those of the gradient its own is, or -1; null where all are there
+extern "C" void adamw_float32(int64_t count, const int64_t* rows, const int64_t* widths, float** values, float** gradients, int32_t** places, float** means, float** squares, float** steps, Row** states,
                               double lr, double decay, double beta1, double beta2, double eps, double scale) {
     for (int64_t k = 0; k < count; k++) *steps[k] += 1;
     const float kept = 1 - lr * decay, of_mean = 1 - beta1, of_square = 1 - beta2, by = scale, apart = eps;
@@ -65,13 +66,14 @@ extern "C" void adamw_float32(int64_t count, const int64_t* rows, const int64_t*
 #pragma omp for schedule(static) nowait
         for (int64_t row = 0; row < rows[k]; row++) {
             float *value = values[k] + row * width, *mean = means[k] + row * width, *square = squares[k] + row * width;
-            const float* gradient = gradients[k] + row * width;
+            const int64_t place = places[k] ? places[k][row] : row;
+            const float* gradient = place < 0 ? nullptr : gradients[k] + place * width;
             if (rests(states[k][row], gradient, mean, square, width)) {
                 for (int64_t i = 0; i < width && kept != 1; i++) value[i] *= kept;
                 continue;
             }
             for (int64_t i = 0; i < width; i++) {
-                const float d = gradient[i] * by;
+                const float d = gradient ? gradient[i] * by : 0;
                 mean[i] += (d - mean[i]) * of_mean;
                 square[i] += (d * d - square[i]) * of_square;
                 value[i] = value[i] * kept - size * mean[i] / (std::sqrt(square[i]) * root + apart);
