@@ -35,7 +35,8 @@ from typing import Any
 from suite import BESIDE, BEST, PEERS, SUITE, Benchmark, Found
 
 HERE = Path(__file__).parent
-MULTIPLYING = "import torch; torch.set_num_threads(2); a = torch.randn(1024, 1024); print(flush=True)\nwhile True: a @ a"
+# until its standard input ends, which it does with the process that started it, however that ended
+MULTIPLYING = "import select, sys, torch; torch.set_num_threads(2); a = torch.randn(1024, 1024); print(flush=True)\nwhile not select.select([sys.stdin], [], [], 0)[0]: a @ a"
 
 
 class Results:
@@ -122,8 +123,10 @@ def _company(beside: str) -> Iterator[None]:
     if beside == BESIDE[0]:
         yield
         return
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    process = subprocess.Popen([sys.executable, "-c", MULTIPLYING], stdout=subprocess.PIPE, env=environment)
+    from luthier.machine.setting import pristine_environment
+
+    environment = {name: value for name, value in pristine_environment().items() if not name.startswith("OMP_")}
+    process = subprocess.Popen([sys.executable, "-c", MULTIPLYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     try:
         assert process.stdout
         process.stdout.readline()  # it says that it has begun

@@ -99,7 +99,7 @@ QUOTA = "from luthier.machine import resources, setting; setting.cpus = lambda: 
 
 
 @pytest.mark.parametrize(
-    "given,found", [({}, "3000 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_NUM_THREADS": "5"}, "3000 5")]
+    "given,found", [({}, "6000 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_NUM_THREADS": "5"}, "6000 5")]
 )
 def test_threads_wait_briefly_unless_the_user_chose(cache: Path, given: dict[str, str], found: str) -> None:
     nothing: dict[str, str | None] = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None, "OMP_NUM_THREADS": None, "LUTHIER_SHARES": None}

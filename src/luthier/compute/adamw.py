@@ -63,8 +63,9 @@ class AdamW(torch.optim.AdamW):
         """Make sparse gradients dense, in memory that is asked for once: the system takes so much back at once, and hands it out again page by page."""
         for p in learning:
             if p.grad.is_sparse:
-                dense = self._dense.setdefault(p, torch.empty_like(p))
-                p.grad = dense.zero_().index_copy_(0, p.grad.indices()[0], p.grad.values())
+                if p not in self._dense:
+                    self._dense[p] = torch.empty_like(p)
+                p.grad = self._dense[p].zero_().index_copy_(0, p.grad.indices()[0], p.grad.values())
 
     def _run(self, run: Callable[..., None], group: dict[str, Any], learning: Sequence[Tensor], scale: float) -> None:
         for p in learning:

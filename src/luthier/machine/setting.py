@@ -18,8 +18,8 @@ CAP = "AVX512_CORE_BF16"  # the last level below AMX
 MARK = "LUTHIER_CAPPED"  # tells child processes that the cap is luthier's and not the user's
 
 # Threads that wait for each other keep the processor for 5 ms, by which time whoever else computes here has taken the other one's place.
-# Where only some tenths of a millisecond lie between two kernels, a hundredth of that is as good alone and twice as fast in company.
-SPINS = ("GOMP_SPINCOUNT", "3000")
+# Where only some tenths of a millisecond lie between two kernels, a fiftieth of that is about as good alone and twice as fast in company.
+SPINS = ("GOMP_SPINCOUNT", "6000")
 THREADS = "OMP_NUM_THREADS"
 MARK_THREADS = "LUTHIER_SHARES"  # which of these luthier has set
 WAITS = ("OMP_WAIT_POLICY", SPINS[0])  # by which a user may have chosen otherwise
