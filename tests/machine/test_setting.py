@@ -81,7 +81,9 @@ def test_what_a_program_sets_for_a_child_is_the_users(cache: Path) -> None:
 
 
 def test_peers_start_without_what_luthier_set(cache: Path) -> None:
-    before = dict(os.environ)
+    before = pristine_environment()  # the import of luthier that this test is made of has set something already
+    os.environ.clear()
+    os.environ.update(before)
     setting.cap()
     setting.share()
     assert os.environ["ONEDNN_MAX_CPU_ISA"] == CAP
