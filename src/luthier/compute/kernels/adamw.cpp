@@ -32,7 +32,7 @@ extern "C" void squares_float32(int64_t count, const int64_t* sizes, float** ten
     for (double part : parts) *total += part;
 }
 
-enum Row : uint8_t { UNKNOWN, MOVES, RESTS };
+enum RowState : uint8_t { UNKNOWN, MOVES, RESTS };
 
 static bool nothing(const float* x, int64_t count) {
     uint32_t found = 0;
@@ -45,7 +45,7 @@ static bool nothing(const float* x, int64_t count) {
 }
 
 // gradient: null if it is 0. A row without gradient or moments is decayed and no more: of a table of embeddings that is most, and its moments need not be read.
-static bool rests(Row& row, const float* gradient, const float* mean, const float* square, int64_t width) {
+static bool rests(RowState& row, const float* gradient, const float* mean, const float* square, int64_t width) {
     if (row == MOVES) return false;
     if (gradient && !nothing(gradient, width))
         row = MOVES;
@@ -55,7 +55,7 @@ static bool rests(Row& row, const float* gradient, const float* mean, const floa
 }
 
 // places: of each row, where among those of the gradient its own is, or -1; null where all are there
-extern "C" void adamw_float32(int64_t count, const int64_t* rows, const int64_t* widths, float** values, float** gradients, int32_t** places, float** means, float** squares, float** steps, Row** states,
+extern "C" void adamw_float32(int64_t count, const int64_t* rows, const int64_t* widths, float** values, float** gradients, int32_t** places, float** means, float** squares, float** steps, RowState** states,
                               double lr, double decay, double beta1, double beta2, double eps, double scale) {
     for (int64_t k = 0; k < count; k++) *steps[k] += 1;
     const float kept = 1 - lr * decay, of_mean = 1 - beta1, of_square = 1 - beta2, by = scale, apart = eps;

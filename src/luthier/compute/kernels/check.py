@@ -12,7 +12,7 @@ TOKENS, WIDTH = 3, 2
 
 def main(path: str) -> None:
     kernels = ctypes.CDLL(path)
-    wrong = [check.__name__ for check in (activation, norm, attention) if not check(kernels)]
+    wrong = [check.__name__ for check in (activation, norm, attention, cross_entropy, optimiser) if not check(kernels)]
     if wrong:
         sys.exit(f"wrong: {wrong}")
 
@@ -44,6 +44,30 @@ def attention(kernels: ctypes.CDLL) -> bool:
         weights = [math.exp(0.5 * sum(a * b for a, b in zip(query, key, strict=True))) for key in at[1]]
         expected += [sum(w * value[i] for w, value in zip(weights, at[2], strict=True)) / sum(weights) for i in range(WIDTH)]
     return _near(y, expected)
+
+
+def cross_entropy(kernels: ctypes.CDLL) -> bool:
+    x, losses, d = Floats(*(math.sin(i) * 3 for i in range(16))), Floats(), Floats()
+    kernels.cross_entropy_float32(ctypes.c_int64(1), ctypes.c_int64(16), x, (ctypes.c_int64 * 1)(5), losses, d)
+    total = sum(math.exp(a) for a in x)
+    return _near(losses, [math.log(total) - x[5]] + [0.0] * 15) and _near(d, [math.exp(a) / total - (i == 5) for i, a in enumerate(x)])
+
+
+def optimiser(kernels: ctypes.CDLL) -> bool:
+    """The first step, in which both moments are those of the gradient alone."""
+    lr, decay, scale, eps = 0.1, 0.01, 0.5, 1e-8
+    start, d = [float(i) for i in range(16)], Floats(*(i - 7.5 for i in range(16)))
+    value, mean, square, steps, row = Floats(*start), Floats(), Floats(), Floats(), (ctypes.c_uint8 * 1)()
+    total = (ctypes.c_double * 1)()
+
+    def each(x: object) -> ctypes.Array[ctypes.c_void_p]:
+        return (ctypes.c_void_p * 1)(ctypes.addressof(x) if x is not None else None)  # type: ignore[arg-type]
+
+    one, width = (ctypes.c_int64 * 1)(1), (ctypes.c_int64 * 1)(16)
+    kernels.squares_float32(ctypes.c_int64(1), width, each(d), total)
+    kernels.adamw_float32(ctypes.c_int64(1), one, width, *map(each, (value, d, None, mean, square, steps, row)), *map(ctypes.c_double, (lr, decay, 0.9, 0.999, eps, scale)))
+    expected = [a * (1 - lr * decay) - lr * math.copysign(1, b) for a, b in zip(start, d, strict=True)]
+    return _near(value, expected) and _near(mean, [0.1 * scale * b for b in d]) and abs(total[0] - sum(b * b for b in d)) < 1e-3
 
 
 def _near(found: ctypes.Array[ctypes.c_float], expected: list[float]) -> bool:
