@@ -68,7 +68,7 @@ def apply_to_random_bert(method: str, width: int, length: int, batch: int, steps
 
 
 def _loop(net: Any, batches: Iterable[dict[str, Any]], rate: float, steps: int) -> dict[str, Any]:
-    """Over and over the batches by luthier's routes, with the same optimiser and clipping as its own trainer and Trainer."""
+    """Over and over the batches by luthier's routes, with torch's optimiser and clipping, as a loop of one's own has them and Trainer too."""
     import torch
 
     from luthier import compute, machine

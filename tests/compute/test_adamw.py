@@ -11,16 +11,9 @@ from torch import Tensor, nn
 from luthier.compute import adamw
 from luthier.compute.adamw import AdamW
 
+ROUTED = (adamw, "adamw")
 SHAPES = [(300, 48), (7, 5, 3), (33,), (1,), (20, 1000)]
 LR = 1e-2
-
-
-@pytest.fixture(params=["kernel", "torch"])
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "torch":
-        monkeypatch.setattr(adamw, "kernel", lambda *_: None)
-    elif adamw.kernel("adamw", torch.float32) is None:
-        pytest.skip("no kernels on this machine")
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier.compute.kernels import LANES
 
-STEP = 32  # the number of packed tokens is a multiple of it, of twice as much beyond 512, and of a sixty-fourth to a thirty-second of itself where that is more: oneDNN builds and keeps a kernel for every new number of rows, which costs as much time as the product itself, and memory
+STEP = 32  # the number of packed tokens is a multiple of it, of twice as much beyond 512, and of a thirty-second to a sixteenth of itself where that is more: oneDNN builds and keeps a kernel for every new number of rows, which costs as much time as the product itself, and memory
 
 
 @dataclass(frozen=True)
@@ -109,4 +109,4 @@ class Packing:
 
 def spare(tokens: int) -> int:
     """How many more are computed than these, so that their number is one of a few."""
-    return -tokens % max(STEP * (1 + (tokens > 512)), 2 ** tokens.bit_length() // 64)
+    return -tokens % max(STEP * (1 + (tokens > 512)), 2 ** tokens.bit_length() // 32)

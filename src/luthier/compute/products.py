@@ -173,4 +173,3 @@ class Linear(Piece):
 def type_around(dtype: torch.dtype | None, module: nn.Module) -> torch.dtype:
     """The type of what goes into products of `dtype` and comes out of them; of whole numbers, that of the module's weights."""
     return next(module.parameters()).dtype if dtype in (None, torch.int8) else dtype  # type: ignore[return-value]
-
