@@ -8,8 +8,29 @@
 
 constexpr int64_t QUERIES = 32;  // that go by together
 
-// c (M, 16 N) = or += a (M, K) @ b (K, 16 N); a by strides, so that it may be transposed.
-template <int M, int N>
+// What is multiplied lies in cells of 32 bits: one float32, or, where the processor multiplies and adds bfloat16 by pairs, the two
+// numbers that follow each other along the axis that is summed over.
+#ifdef __AVX512BF16__
+template <class T> using Operand = T;
+#else
+template <class T> using Operand = float;
+#endif
+template <class T> constexpr int64_t CELL = sizeof(float) / sizeof(Operand<T>);
+
+template <int64_t PER_CELL>
+INLINE Vec plus_product(Vec sum, const float* a, Vec b) {
+#ifdef __AVX512BF16__
+    if constexpr (PER_CELL == 2) {
+        int32_t pair;
+        memcpy(&pair, a, sizeof pair);
+        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
+    }
+#endif
+    return sum + *a * b;
+}
+
+// c (M, 16 N) = or += a (M, K cells) @ b (K cells, 16 N); a by strides, so that it may be transposed.
+template <int64_t PER_CELL, int M, int N>
 INLINE void tile(int64_t K, const float* a, int64_t along_m, int64_t along_k, const float* b, int64_t ldb, float* c, int64_t ldc, bool adds) {
     Vec sums[M][N];
     for (int m = 0; m < M; m++)
@@ -18,23 +39,25 @@ INLINE void tile(int64_t K, const float* a, int64_t along_m, int64_t along_k, co
         Vec right[N];
         for (int n = 0; n < N; n++) hold(right[n] = load(b + k * ldb + n * LANES));
         for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++) sums[m][n] += a[m * along_m + k * along_k] * right[n];
+            for (int n = 0; n < N; n++) sums[m][n] = plus_product<PER_CELL>(sums[m][n], a + m * along_m + k * along_k, right[n]);
     }
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) store(c + m * ldc + n * LANES, sums[m][n]);
 }
 
-template <int N>
+template <int64_t PER_CELL, int N>
 INLINE void column(int64_t M, int64_t K, const float* a, int64_t along_m, int64_t along_k, const float* b, int64_t ldb, float* c, int64_t ldc, bool adds) {
     int64_t m = 0;
-    for (; m + 4 <= M; m += 4) tile<4, N>(K, a + m * along_m, along_m, along_k, b, ldb, c + m * ldc, ldc, adds);
-    for (; m < M; m++) tile<1, N>(K, a + m * along_m, along_m, along_k, b, ldb, c + m * ldc, ldc, adds);
+    for (; m + 4 <= M; m += 4) tile<PER_CELL, 4, N>(K, a + m * along_m, along_m, along_k, b, ldb, c + m * ldc, ldc, adds);
+    for (; m < M; m++) tile<PER_CELL, 1, N>(K, a + m * along_m, along_m, along_k, b, ldb, c + m * ldc, ldc, adds);
 }
 
+template <class T>
 static void product(int64_t M, int64_t padded, int64_t K, const float* a, int64_t along_m, int64_t along_k, const float* b, int64_t ldb, float* c, int64_t ldc, bool adds) {
+    const int64_t cells = (K + CELL<T> - 1) / CELL<T>;
     int64_t n = 0;
-    for (; n + 2 * LANES <= padded; n += 2 * LANES) column<2>(M, K, a, along_m, along_k, b + n, ldb, c + n, ldc, adds);
-    if (n < padded) column<1>(M, K, a, along_m, along_k, b + n, ldb, c + n, ldc, adds);
+    for (; n + 2 * LANES <= padded; n += 2 * LANES) column<CELL<T>, 2>(M, cells, a, along_m, along_k, b + n, ldb, c + n, ldc, adds);
+    if (n < padded) column<CELL<T>, 1>(M, cells, a, along_m, along_k, b + n, ldb, c + n, ldc, adds);
 }
 
 static int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
@@ -84,19 +107,32 @@ static void turn(float* x, int64_t first, int64_t count, int64_t padded, const L
     }
 }
 
-static void transpose(const float* x, int64_t count, int64_t width, int64_t padded, float* out, int64_t columns) {
-    for (int64_t i = 0; i < width; i++)
-        for (int64_t t = 0; t < columns; t++) out[i * columns + t] = t < count ? x[t * padded + i] : 0;
+// (count, padded) as cells along the width: (count, padded / CELL). Both arrangements are x itself where a cell holds one number.
+template <class T>
+static const float* along(const float* x, int64_t count, int64_t padded, float* room) {
+    if (CELL<T> == 1) return x;
+    for (int64_t i = 0; i < count * padded; i += LANES) store((Operand<T>*)room + i, load(x + i));
+    return room;
 }
 
-// What a group's queries of a row meet: keys (turned, and across too) and values.
+// (count, padded) as cells along the rows, (count / CELL, padded), with 0 behind a last row that stands alone.
 template <class T>
-static void fetch_keys(const T* x, const Layout& as, const Row& at, int64_t group, int64_t padded, float* k, float* v, float* k_across) {
-    const T* row = x + at.first * as.stride();
-    fetch(row + as.key(group), as.stride(), at.length, as.width, padded, k);
-    fetch(row + as.value(group), as.stride(), at.length, as.width, padded, v);
-    turn(k, at.first, at.length, padded, as, false);
-    transpose(k, at.length, as.width, padded, k_across, whole(at.length));
+static const float* across(const float* x, int64_t count, int64_t padded, float* room) {
+    if (CELL<T> == 1) return x;
+    for (int64_t t = 0; t < count; t += 2)
+        for (int64_t i = 0; i < padded; i += LANES) {
+            const Halves lower = rounded(load(x + t * padded + i)), upper = t + 1 < count ? rounded(load(x + (t + 1) * padded + i)) : Halves{};
+            store(room + t / 2 * padded + i, (Vec)(__builtin_convertvector(lower, Bits) | __builtin_convertvector(upper, Bits) << 16));
+        }
+    return room;
+}
+
+// (count, width) as cells along the width that stand below each other: (width / CELL, columns).
+template <class T>
+static void below(const float* x, int64_t count, int64_t width, int64_t padded, float* room, float* out, int64_t columns) {
+    const float* cells = along<T>(x, count, padded, room);
+    for (int64_t i = 0; i * CELL<T> < width; i++)
+        for (int64_t t = 0; t < columns; t++) out[i * columns + t] = t < count ? cells[t * padded / CELL<T> + i] : 0;
 }
 
 // The number, for dropout, of the first weight of one of a row's queries: each weight of a batch has its own.
@@ -104,10 +140,13 @@ static uint32_t number(const Layout& as, const Row& row, int64_t query, int64_t 
 
 static int64_t seen(const Layout& as, const Row& row, int64_t query) { return as.causal ? row.query - row.first + query + 1 : row.length; }
 
-struct Memory {
+class Memory {
     float* start;
+
+  public:
     explicit Memory(int64_t count) : start((float*)aligned_alloc(64, whole(count) * sizeof(float))) {}
     ~Memory() { free(start); }
+    operator float*() const { return start; }
 };
 
 template <class T>
@@ -118,40 +157,48 @@ static void forward(int64_t rows, const Row* row, const Layout& as, const T* x, 
 #pragma omp parallel
     {
         const int64_t most = whole(longest);
-        Memory memory(2 * most * padded + as.width * most + 2 * QUERIES * padded + QUERIES * most);
-        float *k = memory.start, *v = k + most * padded, *across = v + most * padded, *q = across + as.width * most, *answers = q + QUERIES * padded, *weights = answers + QUERIES * padded;
+        Memory fetched(most * padded), room(most * padded), k_below(most * padded), v_across(most * padded), q_fetched(QUERIES * padded), q_along(QUERIES * padded), answers(QUERIES * padded);
+        Memory scores(QUERIES * most), weights(QUERIES * most);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t r = 0; r < rows; r++)
             for (int64_t group = 0; group < as.groups; group++) {
                 const Row& at = row[r];
                 const int64_t columns = whole(at.length);
-                fetch_keys(x, as, at, group, padded, k, v, across);
+                const T* tokens = x + at.first * as.stride();
+                fetch(tokens + as.key(group), as.stride(), at.length, as.width, padded, fetched);
+                turn(fetched, at.first, at.length, padded, as, false);
+                below<T>(fetched, at.length, as.width, padded, room, k_below, columns);
+                fetch(tokens + as.value(group), as.stride(), at.length, as.width, padded, fetched);
+                const float* v = across<T>(fetched, at.length, padded, v_across);
                 for (int64_t head = group * share; head < (group + 1) * share; head++)
                     for (int64_t from = 0; from < at.asked; from += QUERIES) {
                         const int64_t count = at.asked - from < QUERIES ? at.asked - from : QUERIES, keys = seen(as, at, from + count - 1), wide = whole(keys);
-                        fetch(x + (at.query + from) * as.stride() + head * as.width, as.stride(), count, as.width, padded, q);
-                        turn(q, at.query + from, count, padded, as, false);
-                        product(count, wide, as.width, q, padded, 1, across, columns, weights, columns, false);
+                        float totals[QUERIES];
+                        fetch(x + (at.query + from) * as.stride() + head * as.width, as.stride(), count, as.width, padded, q_fetched);
+                        turn(q_fetched, at.query + from, count, padded, as, false);
+                        product<T>(count, wide, as.width, along<T>(q_fetched, count, padded, q_along), padded / CELL<T>, 1, k_below, columns, scores, columns, false);
                         for (int64_t i = 0; i < count; i++) {
-                            float* w = weights + i * columns;
+                            float* s = scores + i * columns;
+                            Operand<T>* w = (Operand<T>*)(float*)weights + i * columns;
                             const int64_t last = seen(as, at, from + i);
-                            for (int64_t j = last; j < wide; j++) w[j] = -INFINITY;
+                            for (int64_t j = last; j < wide; j++) s[j] = -INFINITY;
                             Vec top = all(-INFINITY);
-                            for (int64_t j = 0; j < wide; j += LANES) top = larger(top, load(w + j));
+                            for (int64_t j = 0; j < wide; j += LANES) top = larger(top, load(s + j));
                             const float highest = largest(top) * (float)as.scale;
                             Vec total = {};
                             const uint32_t start = drops ? number(as, at, from + i, head) : 0;
                             for (int64_t j = 0; j < wide; j += LANES) {
-                                Vec e = exponential(load(w + j) * (float)as.scale - highest);
+                                Vec e = exponential(load(s + j) * (float)as.scale - highest);
                                 total += e;
                                 store(w + j, drops ? e * Dropout::factors(start + j, dropout) : e);
                             }
-                            const float inverse = 1 / sum(total);
-                            for (int64_t j = 0; j < wide; j += LANES) store(w + j, load(w + j) * inverse);
-                            if (normaliser) normaliser[(at.answer + from + i) * as.heads + head] = highest - std::log(inverse);
+                            totals[i] = sum(total);
+                            if (normaliser) normaliser[(at.answer + from + i) * as.heads + head] = highest + std::log(totals[i]);
                         }
-                        product(count, padded, keys, weights, columns, 1, v, padded, answers, padded, false);
-                        put(answers, count, as.width, padded, out + (at.answer + from) * as.heads * as.width + head * as.width, as.heads * as.width);
+                        product<T>(count, padded, keys, weights, columns / CELL<T>, 1, v, padded, answers, padded, false);
+                        for (int64_t i = 0; i < count; i++)
+                            for (int64_t j = 0; j < padded; j += LANES) store(answers + i * padded + j, load(answers + i * padded + j) * (1 / totals[i]));
+                        put<T>(answers, count, as.width, padded, out + (at.answer + from) * as.heads * as.width + head * as.width, as.heads * as.width);
                     }
             }
     }
@@ -169,16 +216,21 @@ static void backward(int64_t tokens, int64_t rows, const Row* row, const Layout&
 #pragma omp parallel
     {
         const int64_t most = whole(longest);
-        Memory memory(4 * most * padded + 2 * as.width * most + 3 * QUERIES * padded + 2 * QUERIES * most);
-        float *k = memory.start, *v = k + most * padded, *d_k = v + most * padded, *d_v = d_k + most * padded, *k_across = d_v + most * padded, *v_across = k_across + as.width * most;
-        float *q = v_across + as.width * most, *g = q + QUERIES * padded, *d_q = g + QUERIES * padded, *weights = d_q + QUERIES * padded, *slopes = weights + QUERIES * most;
+        Memory fetched(most * padded), room(most * padded), k_across(most * padded), k_below(most * padded), v_below(most * padded), d_k(most * padded), d_v(most * padded);
+        Memory q_fetched(QUERIES * padded), q_along(QUERIES * padded), q_across(QUERIES * padded), g_fetched(QUERIES * padded), g_along(QUERIES * padded), g_across(QUERIES * padded), d_q(QUERIES * padded);
+        Memory weights(QUERIES * most), w_across(QUERIES * most), slopes(QUERIES * most), s_along(QUERIES * most), s_across(QUERIES * most);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t r = 0; r < rows; r++)
             for (int64_t group = 0; group < as.groups; group++) {
                 const Row& at = row[r];
                 const int64_t columns = whole(at.length);
-                fetch_keys(x, as, at, group, padded, k, v, k_across);
-                transpose(v, at.length, as.width, padded, v_across, columns);
+                const T* tokens = x + at.first * as.stride();
+                fetch(tokens + as.value(group), as.stride(), at.length, as.width, padded, fetched);
+                below<T>(fetched, at.length, as.width, padded, room, v_below, columns);
+                fetch(tokens + as.key(group), as.stride(), at.length, as.width, padded, fetched);
+                turn(fetched, at.first, at.length, padded, as, false);
+                below<T>(fetched, at.length, as.width, padded, room, k_below, columns);
+                const float* k = across<T>(fetched, at.length, padded, k_across);
                 memset(d_k, 0, at.length * padded * sizeof(float));
                 memset(d_v, 0, at.length * padded * sizeof(float));
                 for (int64_t head = group * share; head < (group + 1) * share; head++) {
@@ -186,11 +238,11 @@ static void backward(int64_t tokens, int64_t rows, const Row* row, const Layout&
                         for (int64_t t = 0; t < at.length; t++) memset((void*)(d_x + (at.first + t) * as.stride() + head * as.width), 0, as.width * sizeof(T));
                     for (int64_t from = 0; from < at.asked; from += QUERIES) {
                         const int64_t count = at.asked - from < QUERIES ? at.asked - from : QUERIES, keys = seen(as, at, from + count - 1), wide = whole(keys);
-                        fetch(x + (at.query + from) * as.stride() + head * as.width, as.stride(), count, as.width, padded, q);
-                        turn(q, at.query + from, count, padded, as, false);
-                        fetch(d + (at.answer + from) * as.heads * as.width + head * as.width, as.heads * as.width, count, as.width, padded, g);
-                        product(count, wide, as.width, q, padded, 1, k_across, columns, weights, columns, false);
-                        product(count, wide, as.width, g, padded, 1, v_across, columns, slopes, columns, false);
+                        fetch(x + (at.query + from) * as.stride() + head * as.width, as.stride(), count, as.width, padded, q_fetched);
+                        turn(q_fetched, at.query + from, count, padded, as, false);
+                        fetch(d + (at.answer + from) * as.heads * as.width + head * as.width, as.heads * as.width, count, as.width, padded, g_fetched);
+                        product<T>(count, wide, as.width, along<T>(q_fetched, count, padded, q_along), padded / CELL<T>, 1, k_below, columns, weights, columns, false);
+                        product<T>(count, wide, as.width, along<T>(g_fetched, count, padded, g_along), padded / CELL<T>, 1, v_below, columns, slopes, columns, false);
                         for (int64_t i = 0; i < count; i++) {
                             float *w = weights + i * columns, *s = slopes + i * columns;
                             const int64_t last = seen(as, at, from + i);
@@ -212,16 +264,17 @@ static void backward(int64_t tokens, int64_t rows, const Row* row, const Layout&
                                 if (drops) store(w + j, weight * Dropout::factors(start + j, dropout));
                             }
                         }
-                        product(count, padded, keys, slopes, columns, 1, k, padded, d_q, padded, false);
-                        product(keys, padded, count, slopes, 1, columns, q, padded, d_k, padded, true);
-                        product(keys, padded, count, weights, 1, columns, g, padded, d_v, padded, true);
+                        const float *q = across<T>(q_fetched, count, padded, q_across), *g = across<T>(g_fetched, count, padded, g_across);
+                        product<T>(count, padded, keys, along<T>(slopes, count, columns, s_along), columns / CELL<T>, 1, k, padded, d_q, padded, false);
+                        product<T>(keys, padded, count, across<T>(slopes, count, columns, s_across), 1, columns, q, padded, d_k, padded, true);
+                        product<T>(keys, padded, count, across<T>(weights, count, columns, w_across), 1, columns, g, padded, d_v, padded, true);
                         turn(d_q, at.query + from, count, padded, as, true);
-                        put(d_q, count, as.width, padded, d_x + (at.query + from) * as.stride() + head * as.width, as.stride());
+                        put<T>(d_q, count, as.width, padded, d_x + (at.query + from) * as.stride() + head * as.width, as.stride());
                     }
                 }
                 turn(d_k, at.first, at.length, padded, as, true);
-                put(d_k, at.length, as.width, padded, d_x + at.first * as.stride() + as.key(group), as.stride());
-                put(d_v, at.length, as.width, padded, d_x + at.first * as.stride() + as.value(group), as.stride());
+                put<T>(d_k, at.length, as.width, padded, d_x + at.first * as.stride() + as.key(group), as.stride());
+                put<T>(d_v, at.length, as.width, padded, d_x + at.first * as.stride() + as.value(group), as.stride());
             }
     }
 }

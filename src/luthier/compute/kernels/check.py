@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 import sys
 
 Floats = ctypes.c_float * 16
@@ -33,17 +34,19 @@ def norm(kernels: ctypes.CDLL) -> bool:
 
 
 def attention(kernels: ctypes.CDLL) -> bool:
-    columns = 3 * WIDTH
-    x, y = (ctypes.c_float * (TOKENS * columns + 16))(*(math.sin(i) for i in range(TOKENS * columns))), Floats()
-    row = (ctypes.c_int64 * 6)(0, TOKENS, 0, TOKENS, 0, 0)
-    number, real = ctypes.c_int64, ctypes.c_double
-    kernels.attention_forward_float32(number(1), row, number(1), number(1), number(WIDTH), number(0), real(0.5), None, None, x, None, real(0), y, None)
+    """In both types, as processors that multiply bfloat16 by pairs have instructions for it."""
+    columns, number, real = 3 * WIDTH, ctypes.c_int64, ctypes.c_double
+    row = (number * 6)(0, TOKENS, 0, TOKENS, 0, 0)
+    halves = (ctypes.c_uint16 * (TOKENS * columns + 16))(*(_upper_half(math.sin(i)) for i in range(TOKENS * columns)))
+    x, y, y_halves = (ctypes.c_float * len(halves))(*map(_of_upper_half, halves)), Floats(), (ctypes.c_uint16 * 16)()
+    for run, start, out in ((kernels.attention_forward_float32, x, y), (kernels.attention_forward_bfloat16, halves, y_halves)):
+        run(number(1), row, number(1), number(1), number(WIDTH), number(0), real(0.5), None, None, start, None, real(0), out, None)
     at = [[list(x[t * columns + part * WIDTH : t * columns + (part + 1) * WIDTH]) for t in range(TOKENS)] for part in range(3)]
     expected = []
     for query in at[0]:
         weights = [math.exp(0.5 * sum(a * b for a, b in zip(query, key, strict=True))) for key in at[1]]
         expected += [sum(w * value[i] for w, value in zip(weights, at[2], strict=True)) / sum(weights) for i in range(WIDTH)]
-    return _near(y, expected)
+    return _near(y, expected) and _near(Floats(*map(_of_upper_half, y_halves)), expected, 2**-7)
 
 
 def cross_entropy(kernels: ctypes.CDLL) -> bool:
@@ -70,8 +73,18 @@ def optimiser(kernels: ctypes.CDLL) -> bool:
     return _near(value, expected) and _near(mean, [0.1 * scale * b for b in d]) and abs(total[0] - sum(b * b for b in d)) < 1e-3
 
 
-def _near(found: ctypes.Array[ctypes.c_float], expected: list[float]) -> bool:
-    return all(abs(a - b) < 1e-5 * max(1, abs(b)) for a, b in zip(found, expected, strict=False))
+def _near(found: ctypes.Array[ctypes.c_float], expected: list[float], within: float = 1e-5) -> bool:
+    return all(abs(a - b) < within * max(1, abs(b)) for a, b in zip(found, expected, strict=False))
+
+
+def _upper_half(x: float) -> int:
+    """The bits of a bfloat16 near x."""
+    (bits,) = struct.unpack("I", struct.pack("f", x))
+    return int(bits) >> 16
+
+
+def _of_upper_half(bits: int) -> float:
+    return float(struct.unpack("f", struct.pack("I", bits << 16))[0])
 
 
 if __name__ == "__main__":

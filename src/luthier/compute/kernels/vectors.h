@@ -39,11 +39,19 @@ INLINE Vec load(const bf16* p) {
 INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 
 // To the nearest, ties to even; what is not a number stays one.
-INLINE void store(bf16* p, Vec x) {
+INLINE Halves rounded(Vec x) {
+#ifdef __AVX512BF16__
+    return (Halves)_mm512_cvtneps_pbh((__m512)x);  // what is too small for a normal number becomes 0
+#else
     Bits bits = (Bits)x;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    Halves rounded = __builtin_convertvector(x == x ? bits : bits * 0 + 0x7fc0, Halves);
-    memcpy(p, &rounded, sizeof rounded);
+    return __builtin_convertvector(x == x ? bits : bits * 0 + 0x7fc0, Halves);
+#endif
+}
+
+INLINE void store(bf16* p, Vec x) {
+    const Halves halves = rounded(x);
+    memcpy(p, &halves, sizeof halves);
 }
 
 // The last ones of a row, with 0 behind them.
