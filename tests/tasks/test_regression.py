@@ -45,7 +45,7 @@ def test_a_settled_model_answers_in_the_scale_of_the_labels_by_itself(architectu
     before = answers(training, model, scored, architecture)
     settled = training.settle(model, head)
     assert settled == task and training != task
-    assert np.allclose(answers(task, model, scored, architecture), before, rtol=1e-5)
+    assert np.allclose(answers(task, model, scored, architecture), before, rtol=1e-5, atol=1e-5)  # float32 holds the mean, 106, to 8e-6
     assert Regression.from_facts(training.facts()) == task
 
 

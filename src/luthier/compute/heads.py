@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from luthier.compute.packing import spare
 
@@ -41,5 +42,22 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor) -> Te
         for hook in hooks:
             hook.remove()
     if chosen:
-        return logits[0, : len(tokens)]
+        return _First.apply(logits, len(tokens))  # type: ignore[no-any-return]
     return logits[:, -shape[1] :].flatten(0, 1)[tokens]  # a method may have put tokens of its own before these
+
+
+class _First(torch.autograd.Function):
+    """(1, R, V), count -> (count, V): the first rows. torch's own slices fill the gradient of all with zeros, and then copy, once for each axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+        ctx.shape = x.shape
+        return x[0, :count]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        d_x = d.new_empty(ctx.shape)
+        d_x[0, : len(d)] = d
+        d_x[0, len(d) :] = 0
+        return d_x, None
