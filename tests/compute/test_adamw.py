@@ -121,6 +121,22 @@ def test_gradients_of_some_rows_are_dense_ones_with_zeros(scale: float, tied: bo
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("route")
+def test_gradients_in_bf16_are_those_numbers() -> None:
+    own, expected = parameters(), parameters(torch.float64)
+    optimizer, other = AdamW(groups(own), lr=LR), torch.optim.AdamW(groups(expected), lr=LR)
+    for p in own[::2]:
+        p.grad_dtype = torch.bfloat16  # type: ignore[attr-defined]
+    for step in range(5):
+        for p, q, d in zip(own, expected, gradients(step), strict=True):
+            p.grad = None if d is None else d.to(p.grad_dtype)  # type: ignore[attr-defined]
+            q.grad = None if p.grad is None else p.grad.double() * 0.3
+        assert optimizer.norm() * 0.3 == pytest.approx(float(nn.utils.get_total_norm([q.grad for q in expected if q.grad is not None])), rel=1e-5)
+        optimizer.step(scale=0.3)
+        other.step()
+    same(own, expected)
+
+
 def test_moments_that_somebody_changes_count() -> None:
     """A row at rest is known to be so for as long as its moments stay."""
     own, expected = parameters(), parameters(torch.float64)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from luthier import compute
-from luthier.compute import attention
+from luthier.compute import attention, kernels
 from luthier.compute.linear import Cast
 from luthier.contract.tiny import CONFIGS, tiny_inputs, tiny_model
 from luthier.methods.engine import install
@@ -145,3 +145,24 @@ def test_tables_that_compute_otherwise_stay_dense(module: nn.Embedding, monkeypa
     monkeypatch.setattr(compute, "LARGE", 0)
     with compute.prepared(nn.ModuleList([module]), "cpu", "fp32", sparse=True):
         assert not module.sparse
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no kernels on this machine")
+@pytest.mark.parametrize("architecture,narrowed", [("bert", 6), ("llama", 7), ("albert", 0)])
+def test_narrow_gradients_are_the_same_numbers(architecture: str, narrowed: int) -> None:
+    """Of each weight in a block that a pass reads once, which of a shared block is none."""
+    model, inputs = tiny_model(architecture), tiny_inputs(architecture)
+    found = []
+    for narrow in (False, True):
+        with compute.prepared(model, "cpu", "bf16", narrow=narrow):
+            for _ in range(2):
+                model.zero_grad()
+                with compute.autocast("cpu", "bf16"):
+                    out = model(**inputs).last_hidden_state
+                (out.float() ** 2).sum().backward()
+            found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, narrow = found
+    bf16 = {name for name, d in narrow.items() if d.dtype == torch.bfloat16}
+    assert len(bf16) == narrowed * model.config.num_hidden_layers and all(d.dtype == torch.float32 for d in plain.values())
+    assert all(torch.equal(d, narrow[name].float()) for name, d in plain.items())
+    assert all(p.grad is None or p.grad.dtype == p.grad_dtype == torch.float32 for p in model.parameters()), "the model is as it was"  # type: ignore[attr-defined]

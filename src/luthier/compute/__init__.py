@@ -30,20 +30,21 @@ _inside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True, remember: bool = False, sparse: bool = False) -> Iterator[None]:
+def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True, remember: bool = False, sparse: bool = False, narrow: bool = False) -> Iterator[None]:
     """Inside, `model` takes the fast routes of `device` in `precision` (fp32, bf16, or int8 where nothing learns), which each forward pass says by `autocast`.
 
     leave     blocks that somebody else runs
     learning  whether what is open for training changes meanwhile; all else must stay as it is
     remember  of a model that does not learn, keep what was found out about it for the next time, with copies of its weights
     sparse    whether gradients of large tables of embeddings may be sparse tensors of the rows that were looked up
+    narrow    whether those of linear layers may be in bf16, which is what they are computed in: for optimisers that take them, and steps of one backward pass
     May be nested: the outermost counts. Raises UserError for int8 where something learns, and anywhere but on the processor.
     """
     if precision == "int8" and (learning or torch.device(device).type != "cpu"):
         raise UserError("int8 is for predicting and embedding on the processor; use fp32 or bf16 here.")
     with contextlib.ExitStack() as undo:
         if torch.device(device).type == "cpu" and model not in _inside:
-            _enter(model, precision, leave, learning, remember, sparse, undo)
+            _enter(model, precision, leave, learning, remember, sparse, narrow, undo)
         yield
 
 
@@ -67,7 +68,7 @@ def running(model: nn.Module, device: str | torch.device, precision: str, rememb
         yield
 
 
-def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, remember: bool, sparse: bool, undo: contextlib.ExitStack) -> None:
+def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, remember: bool, sparse: bool, narrow: bool, undo: contextlib.ExitStack) -> None:
     keep_memory()
     _inside.add(model)
     undo.callback(_inside.discard, model)
@@ -82,7 +83,7 @@ def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learn
         module.sparse = True
         undo.callback(setattr, module, "sparse", False)
     dtype = {"bf16": torch.bfloat16, "int8": torch.int8}.get(precision)
-    undo.enter_context(Fusing(model, dtype, leave, learning, functools.partial(_stock_modules, model, dtype, undo), remember))
+    undo.enter_context(Fusing(model, dtype, leave, learning, narrow, functools.partial(_stock_modules, model, dtype, undo), remember))
 
 
 def _stock_modules(model: nn.Module, dtype: torch.dtype | None, undo: contextlib.ExitStack, fused: Collection[nn.Module]) -> None:

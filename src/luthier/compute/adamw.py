@@ -18,7 +18,7 @@ class AdamW(torch.optim.AdamW):
 
     A gradient of a matrix may be a sparse tensor of some of its rows, as those of embeddings can be. The step is that of the
     dense one with zeros elsewhere: all rows are decayed, and go on by their moments. Rows that never had a gradient have none,
-    and those are not gone through.
+    and those are not gone through. Dense gradients may be bfloat16.
     """
 
     def __init__(self, params: Iterable[Any], lr: float):
@@ -33,9 +33,9 @@ class AdamW(torch.optim.AdamW):
         if run := _kernel("squares", learning):
             values = [_values(p.grad) for p in learning]
             sizes, total = np.array([x.numel() for x in values], dtype=np.int64), np.zeros(1)
-            run(len(values), sizes.ctypes.data, _pointers(values).ctypes.data, total.ctypes.data)
+            run(len(values), *(x.ctypes.data for x in (sizes, _pointers(values), _narrow(values), total)))
             return math.sqrt(total.item())
-        self._spread(learning)
+        self._as_torch_takes_them(learning)
         return float(nn.utils.get_total_norm([p.grad for p in learning]))
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class AdamW(torch.optim.AdamW):
             for group in self.param_groups:
                 self._run(run, group, [p for p in group["params"] if p.grad is not None], scale)
             return
-        self._spread(learning)
+        self._as_torch_takes_them(learning)
         if scale != 1:
             torch._foreach_mul_([p.grad for p in learning], scale)  # type: ignore[attr-defined]
         super().step()
@@ -59,13 +59,15 @@ class AdamW(torch.optim.AdamW):
                 p.grad = p.grad.coalesce()
         return learning
 
-    def _spread(self, learning: list[Any]) -> None:
-        """Make sparse gradients dense, in memory that is asked for once: the system takes so much back at once, and hands it out again page by page."""
+    def _as_torch_takes_them(self, learning: list[Any]) -> None:
+        """Make sparse gradients dense, in memory that is asked for once: the system takes so much back at once, and hands it out again page by page. And narrow ones wide."""
         for p in learning:
             if p.grad.is_sparse:
                 if p not in self._dense:
                     self._dense[p] = torch.empty_like(p)
                 p.grad = self._dense[p].zero_().index_copy_(0, p.grad.indices()[0], p.grad.values())
+            elif p.grad.dtype != p.dtype:
+                take_gradients_in(p, p.dtype)
 
     def _run(self, run: Callable[..., None], group: dict[str, Any], learning: Sequence[Tensor], scale: float) -> None:
         for p in learning:
@@ -74,8 +76,9 @@ class AdamW(torch.optim.AdamW):
         states = [self.state[p] for p in learning]
         rows = [self._rows_of(p, state["exp_avg"]) for p, state in zip(learning, states, strict=True)]
         sizes = np.array([[len(known) for known in rows], [p.numel() // len(known) for p, known in zip(learning, rows, strict=True)]], dtype=np.int64)
-        tensors = [learning, [_values(p.grad) for p in learning], [_places(p.grad) for p in learning], *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))]
-        arrays = [*sizes, *map(_pointers, tensors), np.array([known.ctypes.data for known in rows], dtype=np.int64)]
+        gradients = [_values(p.grad) for p in learning]
+        tensors = [[_places(p.grad) for p in learning], *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))]
+        arrays = [*sizes, _pointers(learning), _pointers(gradients), _narrow(gradients), *map(_pointers, tensors), np.array([known.ctypes.data for known in rows], dtype=np.int64)]
         run(len(learning), *(x.ctypes.data for x in arrays), group["lr"], group["weight_decay"], *group["betas"], group["eps"], scale)
         torch.autograd.graph.increment_version(learning)
 
@@ -87,13 +90,20 @@ class AdamW(torch.optim.AdamW):
         return known[2]
 
 
+def take_gradients_in(p: Tensor, dtype: torch.dtype) -> None:
+    """From now on the gradients of `p` come in this type; one that is there is turned into it."""
+    gradient, p.grad = p.grad, None
+    p.grad_dtype = dtype  # type: ignore[attr-defined]
+    p.grad = None if gradient is None else gradient.to(dtype)
+
+
 def _kernel(name: str, learning: Sequence[Tensor]) -> Callable[..., None] | None:
     """The kernel of that name where it can take all of these parameters and their gradients."""
-    return kernel(name, torch.float32) if all(_plain(p) and (p.grad.is_sparse or _plain(p.grad)) for p in learning) else None  # type: ignore[union-attr, arg-type]
+    return kernel(name, torch.float32) if all(_plain(p, torch.float32) and (p.grad.is_sparse or _plain(p.grad, torch.float32, torch.bfloat16)) for p in learning) else None  # type: ignore[union-attr, arg-type]
 
 
-def _plain(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.layout == torch.strided and x.is_contiguous() and x.numel() > 0
+def _plain(x: Tensor, *types: torch.dtype) -> bool:
+    return x.is_cpu and x.dtype in types and x.layout == torch.strided and x.is_contiguous() and x.numel() > 0
 
 
 def _values(gradient: Any) -> Tensor:
@@ -111,3 +121,7 @@ def _places(gradient: Any) -> Tensor | None:
 
 def _pointers(tensors: Sequence[Tensor | None]) -> np.ndarray:
     return np.array([memory(x) or 0 for x in tensors], dtype=np.int64)
+
+
+def _narrow(gradients: Sequence[Tensor]) -> np.ndarray:
+    return np.array([x.dtype == torch.bfloat16 for x in gradients], dtype=np.uint8)

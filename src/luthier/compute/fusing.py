@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Block
 from luthier.compute import attention, block
+from luthier.compute.adamw import take_gradients_in
 from luthier.compute.block import FusedBlock, Step
+from luthier.compute.kernels import kernel
 from luthier.compute.packing import Packing
 from luthier.compute.products import Linear
 from luthier.errors import UserError
@@ -32,18 +35,20 @@ class Fusing:
     dtype     of the products; None: that of their input
     leave     blocks that somebody else runs
     learning  whether what is open for training changes meanwhile
+    narrow    whether weights of linear layers may take their gradients in the type of the products, which is what they are computed in
     then      called once with the modules of the fused blocks, as soon as they are known
     remember  keep what is found out, with its laid-out weights, as long as the model lives, for the next context like this one
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, leave: Collection[nn.Module], learning: bool, then: Callable[[Collection[nn.Module]], None], remember: bool = False):
-        self.model, self.dtype, self.learning, self.then = model, dtype, learning, then
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, leave: Collection[nn.Module], learning: bool, narrow: bool, then: Callable[[Collection[nn.Module]], None], remember: bool = False):
+        self.model, self.dtype, self.learning, self.narrow, self.then = model, dtype, learning, narrow, then
         self.remember = remember and not learning and not leave
         self.leave = {id(module) for module in leave}
         self.blocks: dict[nn.Module, FusedBlock] = {}
         self.calls: list[nn.Module] = []  # the modules of all blocks, in the order of the forward pass
         self.turned: dict[nn.Module, int] = {}  # numbers of a head that rotary positions turn in each
         self.own: dict[nn.Module, Any] = {}  # what stood in the place of forward functions that are replaced
+        self.narrowed: list[nn.Parameter] = []
         self.known = False
         self.leaves: str | None = None  # first or last: the only token of a row that matters behind the last block
         self.noise: str | None = None
@@ -57,6 +62,8 @@ class Fusing:
         for hook in self._hooks:
             hook.remove()
         self._put_back()
+        for weight in self.narrowed:
+            take_gradients_in(weight, weight.dtype)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._clear()
@@ -67,6 +74,10 @@ class Fusing:
                 self._find_out({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) > 1 else x for name, x in kwargs.items()})
                 if self.remember and self.blocks:
                     _remembered[self.model] = _Found(self.dtype, _references(self.model), _numbers(self.blocks), self.calls, self.turned, self.leaves, self.blocks)
+            if self.narrow and self.dtype == torch.bfloat16 and kernel("adamw", torch.float32):
+                self.narrowed = self._read_once()
+                for weight in self.narrowed:
+                    take_gradients_in(weight, torch.bfloat16)
             self.then(self.blocks)
             self._clear()
         mask = kwargs.get("attention_mask")
@@ -193,6 +204,13 @@ class Fusing:
         finally:
             self._put_back()
             self._clear()
+
+    def _read_once(self) -> list[nn.Parameter]:
+        """The learning weights in float32 of fused linear layers that a pass reads once, so that nothing is added to their gradients."""
+        owners = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
+        pieces = [piece for module, found in self.blocks.items() if self.calls.count(module) == 1 for piece in found.pieces]
+        weights = [module.weight for piece in pieces if isinstance(piece, Linear) and piece.changing for module in piece.modules]
+        return [p for p in weights if isinstance(p, nn.Parameter) and p.requires_grad and p.dtype == torch.float32 and owners[id(p)] == 1]
 
     def _replace(self) -> None:
         for module in self.blocks:

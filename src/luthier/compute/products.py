@@ -144,8 +144,8 @@ class Linear(Piece):
         return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
 
     def _each(self, d: Tensor, own: Sequence[Tensor | None], wants: Sequence[bool]) -> list[Tensor | None]:
-        """The part of each module, in its own type, where it is wanted. Never a part of the same memory: autograd would copy it, or it would keep all of it."""
-        return [d[part].to(x.dtype, copy=True) if x is not None and wanted else None for part, x, wanted in zip(self._parts(), own, wants, strict=True)]
+        """The part of each module, in the type that it takes its gradients in, where it is wanted. Never a part of the same memory: autograd would copy it, or it would keep all of it."""
+        return [d[part].to(_gradient_type(x), copy=len(own) > 1) if x is not None and wanted else None for part, x, wanted in zip(self._parts(), own, wants, strict=True)]
 
     def _low_rank(self, factors: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         """`down` and `up` from the factors of each change"""
@@ -173,3 +173,8 @@ class Linear(Piece):
 def type_around(dtype: torch.dtype | None, module: nn.Module) -> torch.dtype:
     """The type of what goes into products of `dtype` and comes out of them; of whole numbers, that of the module's weights."""
     return next(module.parameters()).dtype if dtype in (None, torch.int8) else dtype  # type: ignore[return-value]
+
+
+def _gradient_type(x: Tensor) -> torch.dtype:
+    """See `compute.prepared`: narrow."""
+    return x.grad_dtype or x.dtype if x.is_leaf else x.dtype  # type: ignore[attr-defined, no-any-return]

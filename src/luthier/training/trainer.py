@@ -157,7 +157,8 @@ class Trainer:
         started = time.perf_counter()
         frozen_states = self._frozen_states()
         self.state["seconds"] += time.perf_counter() - started
-        with compute.prepared(self.model, self.device, settings.precision, leave=self.trunk.blocks if self.trunk and frozen_states is self.trunk else (), sparse=self.world == 1):
+        leave, alone = self.trunk.blocks if self.trunk and frozen_states is self.trunk else (), self.world == 1
+        with compute.prepared(self.model, self.device, settings.precision, leave=leave, sparse=alone, narrow=alone and self.micro >= settings.batch_size):
             self._train(frozen_states, fresh=not found)
         if self.main and self.validation and (self.folder / "checkpoints" / "best").exists():  # the first process alone saves, measures and cleans up
             checkpoints.restore(self.model, checkpoints.read(self.folder / "checkpoints" / "best", self.device)[0])

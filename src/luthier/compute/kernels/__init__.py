@@ -39,8 +39,8 @@ SIGNATURES = {
     "attention_backward": "nnpnnnnrpp" + "ppppr" + "p",
     "cross_entropy": "nnpppp",
     **dict.fromkeys(("round_rows", "spread_rows"), "nnppp"),  # float32 only, as are the next two
-    "squares": "nppp",
-    "adamw": "npp" + "ppppppp" + "rrrrrr",
+    "squares": "npppp",
+    "adamw": "npp" + "pppppppp" + "rrrrrr",
     **dict.fromkeys(ACTIVATIONS, "nppp"),
     **{f"gated_{name}": "nnppp" for name in ACTIVATIONS},
 }

@@ -61,14 +61,14 @@ def optimiser(kernels: ctypes.CDLL) -> bool:
     lr, decay, scale, eps = 0.1, 0.01, 0.5, 1e-8
     start, d = [float(i) for i in range(16)], Floats(*(i - 7.5 for i in range(16)))
     value, mean, square, steps, row = Floats(*start), Floats(), Floats(), Floats(), (ctypes.c_uint8 * 1)()
-    total = (ctypes.c_double * 1)()
+    total, narrow = (ctypes.c_double * 1)(), (ctypes.c_uint8 * 1)(0)
 
     def each(x: object) -> ctypes.Array[ctypes.c_void_p]:
         return (ctypes.c_void_p * 1)(ctypes.addressof(x) if x is not None else None)  # type: ignore[arg-type]
 
     one, width = (ctypes.c_int64 * 1)(1), (ctypes.c_int64 * 1)(16)
-    kernels.squares_float32(ctypes.c_int64(1), width, each(d), total)
-    kernels.adamw_float32(ctypes.c_int64(1), one, width, *map(each, (value, d, None, mean, square, steps, row)), *map(ctypes.c_double, (lr, decay, 0.9, 0.999, eps, scale)))
+    kernels.squares_float32(ctypes.c_int64(1), width, each(d), narrow, total)
+    kernels.adamw_float32(ctypes.c_int64(1), one, width, each(value), each(d), narrow, *map(each, (None, mean, square, steps, row)), *map(ctypes.c_double, (lr, decay, 0.9, 0.999, eps, scale)))
     expected = [a * (1 - lr * decay) - lr * math.copysign(1, b) for a, b in zip(start, d, strict=True)]
     return _near(value, expected) and _near(mean, [0.1 * scale * b for b in d]) and abs(total[0] - sum(b * b for b in d)) < 1e-3
 
