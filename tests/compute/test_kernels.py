@@ -244,6 +244,26 @@ def test_a_norm_may_learn_alone_and_be_the_last(replaces: bool) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(20)], ids=["bare", "normed"])
+def test_nothing_may_join_yet(norm: nn.Module | None, dtype: torch.dtype) -> None:
+    """Of the join that opens a block: what goes past is x itself, and its gradient the sum of both."""
+    joined, x = join((), norm, False, dtype, first=True), random(6, 20).requires_grad_()
+    d_past, d_h = random(6, 20, seed=1), random(6, 20, seed=2).to(dtype)
+    tape = Tape(joined.pieces, [piece.tensors() for piece in joined.pieces], Packing.whole(6, 1), None, None, flows=True, learns=True)
+    with torch.no_grad():
+        past, h = joined.forward(x, None, tape)
+    tape.resume([*(norm.parameters() if norm else (None, None)), *tape.kept])
+    found, of_y = joined.backward(d_past, d_h, tape)
+    exact = norm(x) if norm else x
+    assert torch.equal(past, x)
+    close(h, exact, dtype if norm else torch.float32)
+    (expected,) = torch.autograd.grad((x * d_past).sum() + (exact * d_h.float()).sum(), x)
+    assert found is not None and of_y is found
+    close(found, expected, torch.float32)
+
+
+@needs_kernels
 @pytest.mark.parametrize("p", [1.0, 0.9999999])
 def test_all_may_drop(p: float) -> None:
     joined, x = join([nn.Dropout(p).train()], None, False, torch.float32), random(4, 20)

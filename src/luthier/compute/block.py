@@ -155,7 +155,7 @@ def read(block: Block, steps: Sequence[Step], turned: int, dtype: torch.dtype | 
     early = before is not None  # norms stand before the sublayers
     kind = type_around(dtype, output)
     joins = (
-        join((), before, False, kind) if early else Join((), None, False),
+        join((), before, False, kind, first=True),
         join(attention_after, between, not early, kind),
         join(mlp_after, last, True, kind, last=True),
     )

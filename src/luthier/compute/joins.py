@@ -60,11 +60,12 @@ class KernelJoin(Join):
     """In one pass over memory each way, for which the backward pass makes dropout's mask again. What goes past is float32.
 
     dtype  of y and h
+    first  whether there is no y
     last   whether nobody reads h
     """
 
-    def __init__(self, dropout: nn.Dropout | None, norm: LayerNorm | RMSNorm | None, replaces: bool, dtype: torch.dtype, last: bool):
-        self.piece = _Joined(dropout, norm, replaces, dtype, last)
+    def __init__(self, dropout: nn.Dropout | None, norm: LayerNorm | RMSNorm | None, replaces: bool, dtype: torch.dtype, first: bool, last: bool):
+        self.piece = _Joined(dropout, norm, replaces, dtype, first, last)
         self.pieces = [self.piece]
 
     def forward(self, x: Tensor, y: Tensor | None, tape: Tape) -> Both:
@@ -75,8 +76,8 @@ class KernelJoin(Join):
 
 
 class _Joined(Piece):
-    def __init__(self, dropout: nn.Dropout | None, norm: LayerNorm | RMSNorm | None, replaces: bool, dtype: torch.dtype, last: bool):
-        self.dropout, self.norm, self.replaces, self.dtype, self.last = dropout, norm, replaces, dtype, last
+    def __init__(self, dropout: nn.Dropout | None, norm: LayerNorm | RMSNorm | None, replaces: bool, dtype: torch.dtype, first: bool, last: bool):
+        self.dropout, self.norm, self.replaces, self.dtype, self.first, self.last = dropout, norm, replaces, dtype, first, last
         self._forward, self._backward = kernels.kernel("join_forward", dtype), kernels.kernel("join_backward", dtype)
 
     def tensors(self) -> Tensors:
@@ -93,10 +94,11 @@ class _Joined(Piece):
         copy = torch.empty(rows, width, dtype=self.dtype) if normed and self.dtype != torch.float32 and not self.last else None
         total = None if y is None or (self.replaces and not tape.flows) else torch.empty_like(x)
         mean, inverse = torch.empty(2, rows, dtype=torch.float32) if normed and tape.flows else (None, None)
-        self._forward(
-            rows, width, memory(x), memory(y), memory(drops), self._p, *map(memory, tensors), self.norm.eps if self.norm is not None else 0,
-            isinstance(self.norm, LayerNorm), memory(total), memory(out), memory(copy), memory(mean), memory(inverse),
-        )  # fmt: skip
+        if normed or y is not None:
+            self._forward(
+                rows, width, memory(x), memory(y), memory(drops), self._p, *map(memory, tensors), self.norm.eps if self.norm is not None else 0,
+                isinstance(self.norm, LayerNorm), memory(total), memory(out), memory(copy), memory(mean), memory(inverse),
+            )  # fmt: skip
         if total is None:
             total = x if y is None else out
         assert total is not None
@@ -113,7 +115,7 @@ class _Joined(Piece):
         read = None if d_h is None else d_h.to(self.dtype).contiguous()
         d_weight, d_bias = (torch.empty(width, dtype=torch.float32) if wanted else None for wanted in wants[1:])
         d_x = torch.empty_like(past) if wants[0] else None
-        d_y = torch.empty(rows, width, dtype=self.dtype) if wants[0] and (drops is not None or self.dtype != torch.float32) else None
+        d_y = torch.empty(rows, width, dtype=self.dtype) if wants[0] and not self.first and (drops is not None or self.dtype != torch.float32) else None
         self._backward(
             rows, width, memory(None if self.replaces else past), memory(past if self.replaces else None), memory(read), memory(total), memory(mean), memory(inverse), memory(tensors[0]),
             isinstance(self.norm, LayerNorm), memory(drops), self._p, memory(d_x), memory(d_y), memory(d_weight), memory(d_bias),
@@ -125,14 +127,14 @@ class _Joined(Piece):
         return self.dropout.p if self.dropout is not None else 0.0
 
 
-def join(after: Sequence[nn.Module], norm: nn.Module | None, replaces: bool, dtype: torch.dtype, last: bool = False) -> Join:
-    """By the kernel where it can do what these modules do. dtype: of the products; last: whether nobody reads h."""
+def join(after: Sequence[nn.Module], norm: nn.Module | None, replaces: bool, dtype: torch.dtype, first: bool = False, last: bool = False) -> Join:
+    """By the kernel where it can do what these modules do. dtype: of the products; first: whether there is no y; last: whether nobody reads h."""
     parts = [local(module) for module in after]
     normed = local(norm) if norm is not None else None
     plain = not after or [type(module) for module in after] == [nn.Dropout]
     known = normed is None or (isinstance(normed, LayerNorm | RMSNorm) and normed.module.weight.dtype == torch.float32)  # type: ignore[union-attr]
     if plain and known and kernels.kernel("join_forward", dtype):
-        return KernelJoin(after[0] if after else None, normed, replaces and normed is not None, dtype, last)  # type: ignore[arg-type]
+        return KernelJoin(after[0] if after else None, normed, replaces and normed is not None, dtype, first, last)  # type: ignore[arg-type]
     return Join(parts, normed, replaces)
 
 

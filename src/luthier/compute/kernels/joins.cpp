@@ -86,6 +86,8 @@ static void backward(int64_t rows, int64_t width, const float* d_total, const fl
                 if (weight) {
                     Vec normed = (load(total + at + i, width - i) - mean[row]) * inverse[row];
                     d += (of_normed(i) * load(weight + i, width - i) - along_all - normed * along_own) * inverse[row];
+                } else {
+                    d += of_normed(i);
                 }
                 if (d_x) store(d_x + at + i, d, width - i);
                 if (d_y) store(d_y + at + i, drops ? d * Dropout::factors(at + i, dropout) : d, width - i);
