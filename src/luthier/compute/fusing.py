@@ -236,7 +236,7 @@ class Fusing:
         if x is not self.handed:
             x = self.packing.pack(x)
         else:
-            x = x[0]
+            x = x.squeeze(0)  # of which the gradient is a view; of x[0], zeros and a copy
         ends = self.at == len(self.calls)
         turns = self._turns(kwargs[TURNS]) if self.turned.get(module) else None
         with torch.autocast("cpu", enabled=False):

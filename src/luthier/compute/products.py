@@ -144,8 +144,9 @@ class Linear(Piece):
         return [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
 
     def _each(self, d: Tensor, own: Sequence[Tensor | None], wants: Sequence[bool]) -> list[Tensor | None]:
-        """The part of each module, in the type that it takes its gradients in, where it is wanted. Never a part of the same memory: autograd would copy it, or it would keep all of it."""
-        return [d[part].to(_gradient_type(x), copy=len(own) > 1) if x is not None and wanted else None for part, x, wanted in zip(self._parts(), own, wants, strict=True)]
+        """The part of each module, in the type that it takes its gradients in, where it is wanted. Where not all are, in memory of its own: a part would keep the whole."""
+        copy = not all(wants)
+        return [d[part].to(_gradient_type(x), copy=copy) if x is not None and wanted else None for part, x, wanted in zip(self._parts(), own, wants, strict=True)]
 
     def _low_rank(self, factors: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         """`down` and `up` from the factors of each change"""
