@@ -39,6 +39,35 @@ def test_losses_and_gradients_are_those_of_torch(rows: int, classes: int, weight
 
 
 @pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_rows_without_a_label_count_for_nothing(overwrite: bool, factor: float, dtype: torch.dtype) -> None:
+    """Whether or not the gradient takes the memory of the logits, and whatever was in it."""
+    x, labels = logits(7, 37, dtype), torch.tensor([3, 0, 36, 36])
+    x[5] = math.nan
+    own = x.clone().requires_grad_()
+    answer = own * 1
+    found = cross_entropy(answer, labels, overwrite)
+    (found.sum() * factor).backward()
+    expected = x[:4].double().requires_grad_()
+    reference = nn.functional.cross_entropy(expected, labels, reduction="none")
+    (reference.sum() * factor).backward()
+    torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-5)
+    assert own.grad is not None and expected.grad is not None and not own.grad[4:].any()
+    torch.testing.assert_close(own.grad[:4].double(), expected.grad, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(losses.kernel("cross_entropy", torch.float32) is None, reason="no kernels on this machine")
+def test_overwritten_logits_cannot_be_read_by_a_backward_pass() -> None:
+    x = logits(3, 20, torch.float32).requires_grad_()
+    answer = x.tanh()  # whose gradient needs what it answered
+    cross_entropy(answer, torch.tensor([0, 1, 2]), overwrite=True).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        answer.sum().backward()
+
+
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [3, 49])
 def test_what_is_not_a_number_is_not_hidden(bad: float, place: int) -> None:

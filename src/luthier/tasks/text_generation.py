@@ -94,21 +94,21 @@ class TextGeneration(Task):
         size = torch.tensor([f.target[1] for f in features])
         return Batch(padded(features, tokenizer), {"labels": labels, "bytes": size}, tuple(rows))
 
-    def _foreseen(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the K tokens that should be foreseen: logits (K, V), the tokens (K,) and the rows (K,) that they are of."""
+    def _foreseen(self, model: nn.Module, batch: Batch) -> tuple[Tensor, bool, Tensor, Tensor]:
+        """Of the K tokens that should be foreseen: logits (K or more, V), whether nobody else has them, the tokens (K,) and the rows (K,) that they are of."""
         labels = batch.targets["labels"][:, 1:]
         rows, places = (labels != IGNORED).nonzero(as_tuple=True)
-        logits = logits_of(model, {**batch.inputs, "use_cache": False}, rows * (labels.shape[1] + 1) + places)
-        return logits, labels[rows, places], rows
+        logits, alone = logits_of(model, {**batch.inputs, "use_cache": False}, rows * (labels.shape[1] + 1) + places)
+        return logits, alone, labels[rows, places], rows
 
     def loss(self, model: nn.Module, batch: Batch) -> Term:
-        logits, labels, _ = self._foreseen(model, batch)
-        return Term(cross_entropy(logits, labels).sum(), float(len(labels)), per="token")
+        logits, alone, labels, _ = self._foreseen(model, batch)
+        return Term(cross_entropy(logits, labels, overwrite=alone).sum(), float(len(labels)), per="token")
 
     def outputs(self, model: nn.Module, batch: Batch) -> list[Any]:
         """(4,) of each row: negative log-likelihood, tokens, tokens whose best guess is right, bytes of the text."""
-        logits, labels, rows = self._foreseen(model, batch)
-        losses = cross_entropy(logits, labels)
+        logits, _, labels, rows = self._foreseen(model, batch)
+        losses, logits = cross_entropy(logits, labels), logits[: len(labels)]
         values = torch.stack([losses, torch.ones_like(losses), (logits.argmax(-1) == labels).float()], 1).double()
         sums = values.new_zeros(len(batch.targets["bytes"]), 3).index_add(0, rows, values)
         return list(torch.cat([sums, batch.targets["bytes"].to(sums)[:, None]], 1).cpu().numpy())

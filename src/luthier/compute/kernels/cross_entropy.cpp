@@ -3,7 +3,7 @@
 
 #include "vectors.h"
 
-// logits (rows, classes) -> losses (rows) and, where asked, their gradients (rows, classes)
+// logits (rows, classes) -> losses (rows) and, where asked, their gradients (rows, classes), which may be in the memory of the logits
 template <class T>
 static void cross_entropy(int64_t rows, int64_t classes, const T* logits, const int64_t* labels, float* losses, T* gradients) {
 #pragma omp parallel for schedule(static)
@@ -17,11 +17,12 @@ static void cross_entropy(int64_t rows, int64_t classes, const T* logits, const 
         for (int64_t i = 0; i < rest; i += LANES) totals += exponential(load(own + i) - top);
         for (int64_t i = rest; i < classes; i++) total += exponential(load(own + i, 1) - top)[0];
         total += sum(totals);
-        losses[row] = std::log(total) + top - load(own + labels[row], 1)[0];
+        const Vec right = load(own + labels[row], 1);
+        losses[row] = std::log(total) + top - right[0];
         if (!gradients) continue;
         T* d = gradients + row * classes;
         for (int64_t i = 0; i < classes; i += LANES) store(d + i, exponential(load(own + i, classes - i) - top) * (1 / total), classes - i);
-        store(d + labels[row], exponential(load(own + labels[row], 1) - top) * (1 / total) - 1, 1);
+        store(d + labels[row], exponential(right - top) * (1 / total) - 1, 1);
     }
 }
 
