@@ -17,6 +17,7 @@ from torch.nn import functional
 from luthier.compute import kernels
 from luthier.compute.attention import Call
 from luthier.compute.block import FusedBlock
+from luthier.compute.head_norms import head_norms
 from luthier.compute.joins import Join, KernelJoin, join
 from luthier.compute.packed_attention import KernelAttention
 from luthier.compute.packing import Packing
@@ -261,6 +262,34 @@ def test_nothing_may_join_yet(norm: nn.Module | None, dtype: torch.dtype) -> Non
     (expected,) = torch.autograd.grad((x * d_past).sum() + (exact * d_h.float()).sum(), x)
     assert found is not None and of_y is found
     close(found, expected, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("learns", ["x", "weights", "both"])
+@pytest.mark.parametrize("heads,groups,width", [(4, 2, 8), (3, 3, 20), (8, 1, 64)])
+def test_norms_of_heads(heads: int, groups: int, width: int, learns: str, dtype: torch.dtype) -> None:
+    """Queries and keys by their norms, values as they are."""
+    norms = [nn.RMSNorm(width, eps=1e-5) for _ in range(2)]
+    for number, norm in enumerate(norms):
+        norm.weight.data = random(width, seed=5 + number)
+    call = Call(nn.Module(), heads, groups, width, 1.0, 0.0, True, True)
+    piece, x, d = head_norms(call, norms[0], norms[1], dtype), *(random(60, (heads + 2 * groups) * width, seed=seed, dtype=dtype) for seed in range(2))
+    assert piece is not None
+    tape, flows = Tape([piece], [piece.tensors()], Packing.whole(60, 1), None, None, flows=learns != "weights", learns=True), (learns != "weights", *[learns != "x"] * 2)
+    tape.flows = True
+    with torch.no_grad():
+        y = piece.forward(x, piece.tensors(), flows, tape)
+        d_x, of_weights = piece.backward(d, tuple(tape.kept), piece.tensors(), flows, tape)
+    exact, weights = x.double().view(60, -1, width).requires_grad_(), [norm.weight.detach().double().requires_grad_() for norm in norms]
+    parts = exact.split([heads, groups, groups], 1)
+    expected = torch.cat([*(part * (part.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight for part, weight in zip(parts, weights, strict=False)), parts[2]], 1)
+    close(y, expected.flatten(1), dtype)
+    gradients = torch.autograd.grad(expected, [exact, *weights], d.double().view_as(expected))
+    assert (d_x is not None) == flows[0] and all((found is not None) == flows[1] for found in of_weights)
+    for found, wanted in zip((d_x, *of_weights), gradients, strict=True):
+        if found is not None:
+            close(found, wanted.flatten(1) if wanted.dim() > 1 else wanted, dtype)
 
 
 @needs_kernels

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import gc
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import nn
@@ -46,6 +46,12 @@ def prepared(model: nn.Module, device: str | torch.device, precision: str, leave
         if torch.device(device).type == "cpu" and model not in _inside:
             _enter(model, precision, leave, learning, remember, sparse, narrow, undo)
         yield
+
+
+def ready(say: Callable[[str], None]) -> None:
+    """Find out what this machine does best, and compile the kernels, where that was not done yet: which takes some seconds, and is said."""
+    machine.ensure(say)
+    kernels.ensure(say)
 
 
 def autocast(device: str | torch.device, precision: str) -> contextlib.AbstractContextManager:

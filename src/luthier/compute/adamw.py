@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from luthier.compute.kernels import kernel, memory
 
+CAN_BE_NARROW = hasattr(torch.Tensor, "grad_dtype")  # whether this torch lets gradients be of another type than what they are of
+
 
 class AdamW(torch.optim.AdamW):
     """Its state is torch's own, so that either can go on where the other stopped; a step's numbers differ in their last bits.

@@ -6,6 +6,7 @@ result is the same is tried on the same pass before it is relied on. What cannot
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +19,15 @@ from transformers.pytorch_utils import Conv1D
 from luthier.anatomy import Block
 from luthier.anatomy.structure import is_norm
 from luthier.compute.attention import Call
+from luthier.compute.head_norms import head_norms
 from luthier.compute.joins import Join, join
 from luthier.compute.packed_attention import packed_attention
 from luthier.compute.packing import Packing
-from luthier.compute.pieces import gated, local
+from luthier.compute.pieces import Insert, gated, local
 from luthier.compute.products import Linear, type_around
 from luthier.compute.tape import Piece, Tape
 from luthier.methods.changes import Changed, stock_class
+from luthier.methods.inserts import Sequential
 
 Step = nn.Module | Call
 
@@ -115,6 +118,7 @@ def read(block: Block, steps: Sequence[Step], turned: int, dtype: torch.dtype | 
     if any(role.startswith("cross_attention") for role in sites):
         return None
     qkv = list(dict.fromkeys(sites[f"attention.{part}"] for part in ("query", "key", "value")))
+    of_heads = [sites[role] for role in ("attention.query_norm", "attention.key_norm") if role in sites]
     output, down = sites["attention.output"], sites["mlp.down"]
     opening = [sites[role] for role in ("mlp.gate", "mlp.up") if role in sites]
     linears = (*qkv, output, *opening, down)
@@ -131,40 +135,46 @@ def read(block: Block, steps: Sequence[Step], turned: int, dtype: torch.dtype | 
     def norm() -> nn.Module | None:
         return take(1)[0] if left and isinstance(left[0], nn.Module) and is_norm(left[0]) else None  # type: ignore[return-value]
 
-    def after() -> tuple[nn.Module, ...]:
-        found = []
-        while left and (type(left[0]) is nn.Dropout or _scales(left[0])):
-            found += take(1)
-        return tuple(found)  # type: ignore[arg-type]
+    kind = type_around(dtype, output)
+    bodies = {m.body for m in block.module.modules() if isinstance(m, Sequential) and not any(isinstance(inner, nn.modules.dropout._DropoutNd) for inner in m.body.modules())}
+
+    def behind() -> tuple[list[Piece], list[nn.Module]]:
+        """What follows a linear layer: inserts, and from the first dropout or scale on, what joins."""
+        found: list[Any] = []
+        while left and (type(left[0]) is nn.Dropout or _scales(left[0]) or left[0] in bodies):
+            found += [Insert(step, kind) if step in bodies else step for step in take(1)]  # type: ignore[arg-type]
+        inserts = list(itertools.takewhile(lambda step: isinstance(step, Insert), found))
+        return [local(insert) for insert in inserts], found[len(inserts) :]
 
     before = norm()
-    if set(take(len(qkv))) != set(qkv) or not (left and isinstance(left[0], Call)):
+    if set(take(len(qkv) + len(of_heads))) != {*qkv, *of_heads} or not (left and isinstance(left[0], Call)):
         return None
     (call,) = take(1)
     if take(1) != [output] or not call.plain:  # type: ignore[union-attr]
         return None
-    attention_after, between = after(), norm()
+    (attention_inserts, attention_after), between = behind(), norm()
     opened = take(len(opening) + 1)
     acts = [step for step in opened if step not in opening]
     if len(acts) != 1 or isinstance(acts[0], Call) or _has_numbers(acts[0]) or take(1) != [down]:
         return None
-    mlp_after, last = after(), norm()
+    (mlp_inserts, mlp_after), last = behind(), norm()
     if left or (before is None) == (last is None) or between is None:
         return None
 
     early = before is not None  # norms stand before the sublayers
-    kind = type_around(dtype, output)
     joins = (
         join((), before, False, kind, first=True),
         join(attention_after, between, not early, kind),
         join(mlp_after, last, True, kind, last=True),
     )
-    middle = packed_attention(call, turned, kind)  # type: ignore[arg-type]
+    middle = [packed_attention(call, turned, kind)]  # type: ignore[arg-type]
+    if of_heads:
+        middle.insert(0, head_norms(call, *of_heads, kind) if len(of_heads) == 2 else None)  # type: ignore[arg-type]
     activation = local(acts[0]) if len(opening) == 1 else gated(acts[0], kind)
-    if middle is None or activation is None:
+    if None in middle or activation is None:
         return None
-    attends = [Linear(qkv, dtype, learning), middle, Linear([output], dtype, learning)]
-    thinks = [Linear(opening, dtype, learning), activation, Linear([down], dtype, learning)]
+    attends = [Linear(qkv, dtype, learning), *middle, Linear([output], dtype, learning), *attention_inserts]
+    thinks = [Linear(opening, dtype, learning), activation, Linear([down], dtype, learning), *mlp_inserts]
     return FusedBlock(joins, attends, thinks, call.causal)  # type: ignore[union-attr]
 
 

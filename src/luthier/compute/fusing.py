@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from luthier.anatomy import Anatomy, Block
 from luthier.compute import attention, block
-from luthier.compute.adamw import take_gradients_in
+from luthier.compute.adamw import CAN_BE_NARROW, take_gradients_in
 from luthier.compute.block import FusedBlock, Step
 from luthier.compute.kernels import kernel
 from luthier.compute.packing import Packing
 from luthier.compute.products import Linear
 from luthier.errors import UserError
 from luthier.methods.changes import Changed
+from luthier.methods.inserts import Sequential
 
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}  # of outputs of the two ways, of the largest
 ROUGH = 5e-2  # in other types
@@ -74,7 +75,7 @@ class Fusing:
                 self._find_out({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) > 1 else x for name, x in kwargs.items()})
                 if self.remember and self.blocks:
                     _remembered[self.model] = _Found(self.dtype, _references(self.model), _numbers(self.blocks), self.calls, self.turned, self.leaves, self.blocks)
-            if self.narrow and self.dtype == torch.bfloat16 and kernel("adamw", torch.float32):
+            if self.narrow and self.dtype == torch.bfloat16 and CAN_BE_NARROW and kernel("adamw", torch.float32):
                 self.narrowed = self._read_once()
                 for weight in self.narrowed:
                     take_gradients_in(weight, torch.bfloat16)
@@ -140,7 +141,7 @@ class Fusing:
         return {b.module: found for b in blocks if (found := block.read(b, steps[b.module], self.turned.get(b.module, 0), dtype, self.learning))}
 
     def _trace(self, inputs: dict[str, Any]) -> dict[nn.Module, list[Step]]:
-        """The innermost modules and the attention that each block goes through once in training."""
+        """The innermost modules and the attention that each block goes through once in training, in the order in which they begin; what a method changed or inserted is one."""
         steps: dict[nn.Module, list[Step]] = {module: [] for module in self.calls}
         heard: list[Step] = []
         hooks = []
@@ -148,11 +149,12 @@ class Fusing:
             hooks.append(module.register_forward_pre_hook(lambda *_: heard.clear()))
             hooks.append(module.register_forward_pre_hook(self._hear_turns, with_kwargs=True))
             hooks.append(module.register_forward_hook(lambda m, *_: steps.__setitem__(m, list(heard))))
-            changed = [m for m in module.modules() if isinstance(m, Changed)]
-            inner = {id(child) for m in changed for child in m.modules() if child is not m}
+            inserts = [m for m in module.modules() if isinstance(m, Sequential)]
+            units = {*(m for m in module.modules() if isinstance(m, Changed)), *(m.body for m in inserts)}
+            inner = {*inserts, *(child for m in units for child in m.modules() if child is not m)}
             for m in module.modules():
-                if id(m) not in inner and (isinstance(m, Changed) or not any(True for _ in m.children())):
-                    hooks.append(m.register_forward_hook(lambda m, *_: heard.append(m)))
+                if m in units or (m not in inner and all(child in inserts for child in m.children())):
+                    hooks.append(m.register_forward_pre_hook(lambda m, *_: heard.append(m)))
         try:
             self.model.train()
             with attention.listening(heard):

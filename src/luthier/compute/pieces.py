@@ -11,6 +11,7 @@ from torch.nn import functional
 from luthier.compute.dropout import multipliers
 from luthier.compute.kernels import kernel, memory
 from luthier.compute.tape import Piece, Tape, Tensors, Wants
+from luthier.methods.inserts import in_own_type
 
 _aten = torch.ops.aten
 Forward = Callable[[Tensor, Tensor], object]  # (x, where to write)
@@ -52,6 +53,19 @@ class Local(Piece):
         found = iter(torch.autograd.grad(y, [t for t, wanted in zip((read, *tensors), wants, strict=True) if wanted], d.to(y.dtype)))  # type: ignore[arg-type]
         d_x, *gradients = [next(found) if wanted else None for wanted in wants]
         return d_x, tuple(gradients)
+
+
+class Insert(nn.Module):
+    """What a method put behind a module, in the type of the products as under autocast."""
+
+    def __init__(self, body: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.body, self.in_bf16 = body, dtype == torch.bfloat16
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.in_bf16):
+            y = in_own_type(self.body, x)
+        return y.clone() if y is x else y  # dropout may follow, in the memory of what it reads
 
 
 class LayerNorm(Piece):

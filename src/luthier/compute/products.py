@@ -178,4 +178,4 @@ def type_around(dtype: torch.dtype | None, module: nn.Module) -> torch.dtype:
 
 def _gradient_type(x: Tensor) -> torch.dtype:
     """See `compute.prepared`: narrow."""
-    return x.grad_dtype or x.dtype if x.is_leaf else x.dtype  # type: ignore[attr-defined, no-any-return]
+    return (getattr(x, "grad_dtype", None) if x.is_leaf else None) or x.dtype

@@ -22,7 +22,7 @@ class Sequential(nn.Module):
         site.module.register_forward_hook(self.after)
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return _in_own_type(self.body, output)
+        return in_own_type(self.body, output)
 
 
 class Parallel(nn.Module):
@@ -43,10 +43,10 @@ class Parallel(nn.Module):
         self.seen.append(args[0] if args else next(iter(kwargs.values())))
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output + _in_own_type(self.body, self.seen.pop())
+        return output + in_own_type(self.body, self.seen.pop())
 
 
-def _in_own_type(body: nn.Module, hidden: Tensor) -> Tensor:
+def in_own_type(body: nn.Module, hidden: Tensor) -> Tensor:
     """What learns stays in float32 whatever type the model is stored in; autocast sees to it by itself."""
     own = next((p.dtype for p in body.parameters()), hidden.dtype)
     if own == hidden.dtype or torch.is_autocast_enabled(hidden.device.type):

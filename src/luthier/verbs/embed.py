@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier import machine
-from luthier.compute import kernels
+from luthier import compute
 from luthier.data.columns import Column, assign
 from luthier.data.formats import plain
 from luthier.data.rows import Row, Rows
@@ -60,8 +59,7 @@ def embed(
         raise UserError(f"{out} exists. Give --overwrite, or another --out.")
     if part not in PARTS:
         raise UserError(f"--part {part}: there is no such part.{did_you_mean(part, PARTS)} Choose document or query.")
-    machine.ensure(console.say)
-    kernels.ensure(console.say)
+    compute.ready(console.say)
     rows = stream(data, encoding, where)
     first = next(rows, None)
     if first is None:

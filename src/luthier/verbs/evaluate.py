@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from luthier import machine
+from luthier import compute
 from luthier.data.rows import Rows
 from luthier.data.sources import read
 from luthier.data.splits import split as make_splits
@@ -27,13 +27,16 @@ def evaluate(
     batch_size: int = 64,
     base: str | Path | None = None,
     device: str | None = None,
+    console: Any = None,
 ) -> dict[str, Any]:
     """`{"run", "data", "split", "rows", "truncated", "metrics": {name: {value, low, high}}}`; truncated: rows that were longer than the model reads.
 
     data   a source; without it, the run's own, divided as it was for the run
     split  train, validation or test; a source in one piece is taken whole
     """
-    machine.ensure()
+    from luthier.verbs.console import Console
+
+    compute.ready((console or Console()).say)
     run = run if isinstance(run, Run) else load(run, base, device)
     typed = _rows(run, data, split, columns, where, encoding)
     run.task.check(typed)

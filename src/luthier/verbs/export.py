@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from luthier import machine
+from luthier import compute
 from luthier.data.batch import Batch
 from luthier.errors import UserError
 from luthier.methods import loading, saving
@@ -19,12 +20,14 @@ from luthier.verbs.run import Run, load
 TEXTS = ("The quick brown fox jumps over the lazy dog.", "Yes", "What is the capital of the country with the longest coast?")
 
 
-def export(run: Run | str | Path, *, out: str | Path, save: str = "merged", base: str | Path | None = None, overwrite: bool = False) -> Path:
+def export(run: Run | str | Path, *, out: str | Path, save: str = "merged", base: str | Path | None = None, overwrite: bool = False, console: Any = None) -> Path:
     """Write the run's model, merged in float32, as a stock transformers folder. Returns the folder.
 
     Raises UserError, with nothing written, where a method cannot be merged or the merged outputs differ by more than 1e-4.
     """
-    machine.ensure()
+    from luthier.verbs.console import Console
+
+    compute.ready((console or Console()).say)
     run = load(run.path, base or run.base, "cpu") if isinstance(run, Run) else load(run, base, "cpu")
     if save != "merged":
         raise UserError(f"save={save!r}: a finished run can be exported as 'merged'; other forms are chosen when it is trained (adapt --save).")

@@ -9,8 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from luthier import machine
-from luthier.compute import kernels
+from luthier import compute
 from luthier.data.formats import plain
 from luthier.data.rows import Row, Rows
 from luthier.data.sources import stream, writer
@@ -47,8 +46,7 @@ def predict(
     from luthier.verbs.console import Console
 
     console = console or Console()
-    machine.ensure(console.say)
-    kernels.ensure(console.say)
+    compute.ready(console.say)
     if not isinstance(run, Run):
         run = load(run, base, device, precision)
     elif precision:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from luthier import machine
+from luthier import compute
 from luthier.data.code import functions
 from luthier.data.columns import assign
 from luthier.data.rows import Row
@@ -50,7 +50,8 @@ def search(
     """
     from luthier.verbs.console import Console
 
-    machine.ensure()
+    console = console or Console()
+    compute.ready(console.say)
     run = run if isinstance(run, Run) else load(run, base, device)
     questions = [words] if isinstance(words, str) else list(words)
     if not questions or not all(question.strip() for question in questions):
@@ -58,7 +59,7 @@ def search(
     if run.task.tag != "sentence-similarity":
         raise UserError(f"{run.path} is a {run.task.tag} run; searching needs an embedding run (adapt --task sentence-similarity).")
     rows, texts = _documents(run, over, columns, encoding)
-    vectors = _vectors(run, str(over) if isinstance(over, (str, Path)) else f"<{type(over).__name__}>", texts, console or Console())
+    vectors = _vectors(run, str(over) if isinstance(over, (str, Path)) else f"<{type(over).__name__}>", texts, console)
     asked = run.embed(questions, part="query")
     scores = asked @ vectors.T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :top]

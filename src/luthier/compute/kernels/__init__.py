@@ -37,6 +37,8 @@ SIGNATURES = {
     "join_backward": "nnppp" + "ppppn" + "pr" + "pppp",
     "attention_forward": "npnnnnrpp" + "ppr" + "pp",
     "attention_backward": "nnpnnnnrpp" + "ppppr" + "p",
+    "head_norms_forward": "nnnn" + "pppr" + "pp",
+    "head_norms_backward": "nnnn" + "ppppp" + "ppp",
     "cross_entropy": "nnpppp",
     **dict.fromkeys(("round_rows", "spread_rows"), "nnppp"),  # float32 only, as are the next two
     "squares": "npppp",
