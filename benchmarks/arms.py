@@ -15,6 +15,7 @@ from given import memory_mb
 
 MODULES = {
     "adapt": "ours",
+    "profile": "ours",
     "apply_to_pictures": "ours",
     "apply_to_random_bert": "ours",
     "encode": "ours",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,18 +14,14 @@ from given import CLASSES, RATES, Clock, Enough, memory_mb, passes, pictures
 import luthier  # before torch, whose cap it sets
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
+OPTIMISER = ("kernel squares", "kernel adamw")
+
+
 def adapt(task: str, method: str, data: str, model: str, batch: int, max_length: int, epochs: int, steps: int | None, seed: int) -> dict[str, Any]:
     """As the command line does it with these settings."""
-    from luthier.verbs.console import Console
-
     clock = Clock(steps)
-
-    class Watch(Console):
-        @contextlib.contextmanager
-        def progress(self, label: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
-            yield clock if label == "training" else lambda count, text="": None
-
-    settings: dict[str, Any] = {"task": task, "method": method, "batch_size": batch, "max_length": max_length, "lr": RATES[method], "seed": seed, "epochs": epochs, "max_steps": steps, "baselines": False, "console": Watch(quiet=True)}
+    settings: dict[str, Any] = {"task": task, "method": method, "batch_size": batch, "max_length": max_length, "lr": RATES[method], "seed": seed, "epochs": epochs, "max_steps": steps, "baselines": False, "console": _watched_by(clock)}
     with tempfile.TemporaryDirectory() as folder:
         try:
             run = luthier.adapt(model, data, out=f"{folder}/run", **settings)
@@ -33,6 +31,80 @@ def adapt(task: str, method: str, data: str, model: str, batch: int, max_length:
         assert isinstance(run, luthier.Run)
         record = run.record.content
     return {"ends": clock.ends, "seconds": record["resources"]["seconds"], "precision": record["training"]["precision"], "accuracy": record["metrics"]["accuracy"]["value"]}
+
+
+def profile(task: str, method: str, data: str, model: str, batch: int, max_length: int, epochs: int, steps: int, seed: int) -> dict[str, Any]:
+    """Where the time of a step goes, after a quarter of them to warm up: by torch's profiler, with a mark around each kernel of ours."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    from luthier import machine
+
+    warm_up, watch = steps // 4, profiler(activities=[ProfilerActivity.CPU])
+
+    class Profiled(Clock):
+        def __call__(self, *_: Any, **__: Any) -> None:
+            if len(self.ends) == warm_up:
+                watch.start()
+            try:
+                super().__call__()
+            except Enough:
+                watch.stop()
+                raise
+
+    _mark_kernels()
+    clock = Profiled(steps)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
+        luthier.adapt(model, data, out=f"{folder}/run", task=task, method=method, batch_size=batch, max_length=max_length, lr=RATES[method], seed=seed, epochs=epochs, max_steps=steps, baselines=False, console=_watched_by(clock))
+    seconds = clock.ends[-1] - clock.ends[warm_up]
+    shares = dict.fromkeys(("products", "attention", "other kernels", "optimiser", "other operations of torch"), 0.0)
+    for event in watch.key_averages():
+        kind = _kind(event.key)
+        if kind:
+            shares[kind] += event.self_cpu_time_total / 1e6 / seconds
+    return {"shares": {**shares, "Python and waiting": 1 - sum(shares.values())}, "ms": 1000 * seconds / (steps - warm_up - 1), "precision": machine.choose_precision("auto", "cpu")[0]}
+
+
+def _kind(event: str) -> str | None:
+    if event in PRODUCTS:
+        return "products"
+    if event.startswith("kernel "):
+        return "optimiser" if event in OPTIMISER else "attention" if "attention" in event else "other kernels"
+    return "other operations of torch" if event.startswith(("aten::", "mkldnn::")) else None
+
+
+def _mark_kernels() -> None:
+    import torch
+
+    from luthier.compute import kernels
+
+    plain = kernels.kernel
+
+    def marked(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
+        run = plain(name, dtype)
+
+        def marked_run(*arguments: Any) -> None:
+            with torch.profiler.record_function(f"kernel {name}"):
+                run(*arguments)  # type: ignore[misc]
+
+        return marked_run if run else None
+
+    importlib.import_module("luthier.training.trainer")
+    for module in list(sys.modules.values()):
+        if getattr(module, "kernel", None) is plain:
+            setattr(module, "kernel", marked)
+
+
+def _watched_by(clock: Clock) -> Any:
+    """A console that says nothing, and calls the clock at the end of each step."""
+    from luthier.verbs.console import Console
+
+    class Watch(Console):
+        @contextlib.contextmanager
+        def progress(self, label: str, total: int | None = None, done: int = 0) -> Iterator[Callable[..., None]]:
+            yield clock if label == "training" else lambda count, text="": None
+
+    return Watch(quiet=True)
 
 
 def _tokens(job: Any) -> list[int]:

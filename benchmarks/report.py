@@ -7,7 +7,7 @@ from pathlib import Path
 
 import figures
 from suite import SUITE
-from tables import EXAMPLES, IMAGES, SECONDS, TOKENS, Entries, busy, ceiling, compared, encoding, growth, limit, of, seeds
+from tables import EXAMPLES, IMAGES, SECONDS, TOKENS, Entries, busy, ceiling, compared, encoding, growth, limit, of, seeds, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
@@ -104,12 +104,20 @@ def _growth(own: Entries, found: Entries) -> list[str]:
     return ["### How a step grows", "", text, "", *growth(own)]
 
 
+def _profile(own: Entries, found: Entries) -> list[str]:
+    lines = [*own, *of(found, what="profile_decoder")]
+    names = {"profile": "short rows", "profile_decoder": "the decoder"}
+    heads = ["", "ms a step", *lines[0]["shares"]]
+    text = "By torch's profiler, which slows small operations down, with a mark around each kernel of luthier. Products are those of the blocks and of the head; other kernels are norms and what joins there, activations, gates and the loss; waiting is also that of one thread for the other."
+    return ["### Where the time of a step goes", "", text, "", *table(heads, [[f"`{line['method']}`, {names[line['what']]}", f"{line['ms']:.0f}", *(f"{100 * share:.0f} %" for share in line["shares"].values())] for line in lines]), ""]
+
+
 def _settings(what: str) -> str:
     benchmark = SUITE[what]
     return f"{(benchmark.given or {})['batch']} rows a batch, {benchmark.steps} steps after {benchmark.warm_up}"
 
 
-SECTIONS: dict[str, Callable[[Entries, Entries], list[str]]] = {"speed": _speed, "long": _long, "decoder": _decoder, "vision": _vision, "frozen": _frozen, "encode": _encode, "start": _start, "busy": _busy, "growth": _growth}
+SECTIONS: dict[str, Callable[[Entries, Entries], list[str]]] = {"speed": _speed, "long": _long, "decoder": _decoder, "vision": _vision, "profile": _profile, "frozen": _frozen, "encode": _encode, "start": _start, "busy": _busy, "growth": _growth}
 PICTURES = (("speed", figures.speeds, "", "examples per second"), ("growth", figures.growth, "_growth", "seconds and memory of a step against length, batch, width and what learns"))
 NOT_YET = {"long": "long rows", "decoder": "decoders", "vision": "pictures"}
 TO_THE_LAST_STEP = {"speed": "short rows", "long": "long rows", "decoder": "a decoder", "vision": "pictures", "start": "the first step", "growth": "the growth of a step"}

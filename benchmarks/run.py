@@ -6,6 +6,7 @@
     long      LoRA on rows of 512 tokens
     decoder   training all of a small random Llama
     vision    LoRA on pictures, through luthier.apply
+    profile   where the time of such a step goes; profile_decoder: of a step of the Llama
     encode    2,000 sentences into vectors, against sentence-transformers
     start     from the start of the process to the end of the first step
     busy      LoRA alone, and beside a process that keeps the same cores busy

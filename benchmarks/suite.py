@@ -64,6 +64,10 @@ def _vectors(found: Found, round_so_far: Mapping[str, Found], benchmark: Benchma
     return {"texts_per_s": found["texts"] / median(found["seconds"]), "cosine_from_fp32": apart}
 
 
+def _shares(found: Found, round_so_far: Mapping[str, Found], benchmark: Benchmark) -> Found:
+    return {"shares": found["shares"], "ms": found["ms"]}
+
+
 def _step(found: Found, round_so_far: Mapping[str, Found], benchmark: Benchmark) -> Found:
     ends = found["ends"][benchmark.warm_up - 1 :]
     return {"seconds": median(after - before for before, after in pairwise(ends)), "before_mb": found["before_mb"], "trainable": found["trainable"]}
@@ -90,6 +94,8 @@ SUITE = {
     "long": Benchmark({**LUTHIER, **_trainers("trainer", "grouped")}, [{"method": "lora"}], inputs.reviews, _rates, steps=20, warm_up=5, given={"batch": 8, "epochs": 1}),
     "decoder": Benchmark({**LUTHIER, **_trainers("trainer", "grouped", "flattened")}, [{"method": "full"}], inputs.instructions, _rates, steps=20, warm_up=5, given={"batch": 16, "epochs": 1}),
     "vision": Benchmark({"luthier": {"arm": "apply_to_pictures"}, **_trainers("trainer_on_pictures", "random")}, [{"method": "lora"}], inputs.pictures, _rates, steps=20, warm_up=5, given={"batch": 32}),
+    "profile": Benchmark({"luthier": {"arm": "profile"}}, [{"method": "lora"}, {"method": "full"}], inputs.sentences, _shares, steps=80, given=SHORT, rounds=1),
+    "profile_decoder": Benchmark({"luthier": {"arm": "profile"}}, [{"method": "full"}], inputs.instructions, _shares, steps=24, given={"batch": 16, "epochs": 1}, rounds=1),
     "encode": Benchmark(
         {f"{name} {precision}": {"arm": arm, "precision": precision} for precision in ("fp32", "bf16") for name, arm in (("sentence-transformers", "sentence_transformers"), ("luthier", "encode"))}
         | {"luthier int8": {"arm": "encode", "precision": "int8"}, PLAIN: {"arm": "encode", "precision": "fp32", "onednn": False}},
