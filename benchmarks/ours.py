@@ -13,7 +13,6 @@ from given import CLASSES, RATES, Clock, Enough, memory_mb, passes, pictures
 
 import luthier  # before torch, whose cap it sets
 
-
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 OPTIMISER = ("kernel squares", "kernel adamw")
 
@@ -92,7 +91,7 @@ def _mark_kernels() -> None:
     importlib.import_module("luthier.training.trainer")
     for module in list(sys.modules.values()):
         if getattr(module, "kernel", None) is plain:
-            setattr(module, "kernel", marked)
+            module.kernel = marked
 
 
 def _watched_by(clock: Clock) -> Any:
