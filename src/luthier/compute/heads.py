@@ -42,7 +42,13 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor) -> tu
     finally:
         for hook in hooks:
             hook.remove()
-    if chosen:  # what the model made of the head's answer may be needed for its gradient, and a hook may have kept it: then there are more references than this name and the count's own
-        alone = logits.data_ptr() == made[-1] and sys.getrefcount(logits) == 2
+    if chosen:  # what the model made of the head's answer may be needed for its gradient, and a hook may have kept it: then it has more references than this name
+        alone = logits.data_ptr() == made[-1] and sys.getrefcount(logits) == _references_of_a_name()
         return logits.squeeze(0), alone
     return logits[:, -shape[1] :].flatten(0, 1)[tokens], False  # a method may have put tokens of its own before these
+
+
+def _references_of_a_name() -> int:
+    """What Python counts where there is no other reference, which is not the same in all of its versions."""
+    x = torch.empty(0)
+    return sys.getrefcount(x)
