@@ -136,7 +136,7 @@ def read(block: Block, steps: Sequence[Step], turned: int, dtype: torch.dtype | 
         return take(1)[0] if left and isinstance(left[0], nn.Module) and is_norm(left[0]) else None  # type: ignore[return-value]
 
     kind = type_around(dtype, output)
-    bodies = {m.body for m in block.module.modules() if isinstance(m, Sequential) and not any(isinstance(inner, nn.modules.dropout._DropoutNd) for inner in m.body.modules())}
+    bodies = {m.body for m in block.module.modules() if isinstance(m, Sequential)}
 
     def behind() -> tuple[list[Piece], list[nn.Module]]:
         """What follows a linear layer: inserts, and from the first dropout or scale on, what joins."""

@@ -68,6 +68,24 @@ class Insert(nn.Module):
         return y.clone() if y is x else y  # dropout may follow, in the memory of what it reads
 
 
+class Inserted(Local):
+    """An insert, which may draw: in the backward pass it draws the same again."""
+
+    def __init__(self, module: Insert):
+        super().__init__(module)
+
+    def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
+        tape.keep(torch.get_rng_state() if tape.flows else None)
+        return super().forward(x, tensors, wants, tape)
+
+    def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
+        state, x = kept
+        assert state is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            return super().backward(d, (x,), tensors, wants, tape)
+
+
 class LayerNorm(Piece):
     def __init__(self, module: nn.LayerNorm):
         self.module, self.eps = module, module.eps
@@ -173,6 +191,8 @@ def local(module: nn.Module) -> Piece:
         return LayerNorm(module)
     if type(module) is nn.Dropout:
         return Dropout(module)
+    if isinstance(module, Insert):
+        return Inserted(module)
     if not any(True for _ in module.parameters()):
         for function, name, forward, backward in ACTIVATIONS:
             if _equal(module, function):
