@@ -1,6 +1,5 @@
 // Norms by root mean squares of each head's queries and keys, where they lie beside the values: (tokens, (heads + 2 groups) width).
 #include <cmath>
-#include <cstdlib>
 #include <omp.h>
 
 #include "vectors.h"
@@ -31,22 +30,21 @@ static void forward(int64_t tokens, int64_t heads, int64_t groups, int64_t width
 template <class T>
 static void backward(int64_t tokens, int64_t heads, int64_t groups, int64_t width, const T* d, const T* x, const float* inverse, const float* of_queries, const float* of_keys, T* d_x, float* d_of_queries,
                      float* d_of_keys) {
-    const int64_t normed = heads + groups, all = normed + groups, padded = width + LANES;
+    const int64_t normed = heads + groups, all = normed + groups;
     const int threads = tokens * all * width > ALONE ? omp_get_max_threads() : 1;
-    float* parts = d_of_queries || d_of_keys ? (float*)calloc(threads * 2 * padded, sizeof(float)) : nullptr;
+    const ThreadSums sums(width, threads, d_of_queries || d_of_keys);
 #pragma omp parallel num_threads(threads)
     {
-        float* own_parts = parts ? parts + omp_get_thread_num() * 2 * padded : nullptr;
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < tokens; token++) {
             for (int64_t head = 0; head < normed; head++) {
                 const int64_t at = (token * all + head) * width;
                 const float *weight = head < heads ? of_queries : of_keys, scale = inverse[token * normed + head];
-                float* of_weight = parts ? own_parts + (head < heads ? 0 : padded) : nullptr;
+                float* of_weight = sums.of(head < heads ? 0 : 1, omp_get_thread_num());
                 Vec along = {};
                 for (int64_t i = 0; i < width; i += LANES) {
                     const Vec slope = load(d + at + i, width - i), own = load(x + at + i, width - i) * scale;
-                    if (parts) store(of_weight + i, load(of_weight + i) + slope * own);
+                    if (of_weight) store(of_weight + i, load(of_weight + i) + slope * own);
                     along += slope * load(weight + i, width - i) * own;
                 }
                 const float mean = sum(along) / width;
@@ -57,13 +55,7 @@ static void backward(int64_t tokens, int64_t heads, int64_t groups, int64_t widt
             if (d_x) memcpy(d_x + values, d + values, groups * width * sizeof(T));
         }
     }
-    for (int64_t i = 0; parts && i < width; i++) {
-        float queries = 0, keys = 0;
-        for (int thread = 0; thread < threads; thread++) queries += parts[thread * 2 * padded + i], keys += parts[thread * 2 * padded + padded + i];
-        if (d_of_queries) d_of_queries[i] = queries;
-        if (d_of_keys) d_of_keys[i] = keys;
-    }
-    free(parts);
+    sums.give(d_of_queries, d_of_keys);
 }
 
 #define HEAD_NORMS(T, NAME)                                                                                                                                                                      \

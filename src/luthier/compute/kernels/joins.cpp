@@ -1,6 +1,5 @@
 // Where a sublayer's answer y joins what it was given, x: t = x + dropout(y), then perhaps a norm of t. Rows are tokens.
 #include <cmath>
-#include <cstdlib>
 #include <omp.h>
 
 #include "vectors.h"
@@ -51,12 +50,10 @@ template <class T>
 static void backward(int64_t rows, int64_t width, const float* d_total, const float* d_out, const T* d_copy, const float* total, const float* mean, const float* inverse, const float* weight, bool centred,
                      Dropout dropout, bool drops, float* d_x, T* d_y, float* d_weight, float* d_bias) {
     const int threads = rows * width > ALONE ? omp_get_max_threads() : 1;
-    const int64_t padded = width + LANES;
-    float* parts = d_weight || d_bias ? (float*)calloc(threads * 2 * padded, sizeof(float)) : nullptr;
+    const ThreadSums sums(width, threads, d_weight || d_bias);
 #pragma omp parallel num_threads(threads)
     {
-        float* of_weight = parts ? parts + omp_get_thread_num() * 2 * padded : nullptr;
-        float* of_bias = parts ? of_weight + padded : nullptr;
+        float *of_weight = sums.of(0, omp_get_thread_num()), *of_bias = sums.of(1, omp_get_thread_num());
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
             const int64_t at = row * width;
@@ -69,7 +66,7 @@ static void backward(int64_t rows, int64_t width, const float* d_total, const fl
                 Vec all_sum = {}, own_sum = {};
                 for (int64_t i = 0; i < width; i += LANES) {
                     Vec d = of_normed(i), normed = (load(total + at + i, width - i) - mean[row]) * inverse[row];
-                    if (parts) {
+                    if (of_weight) {
                         store(of_weight + i, load(of_weight + i) + d * normed);
                         store(of_bias + i, load(of_bias + i) + d);
                     }
@@ -94,13 +91,7 @@ static void backward(int64_t rows, int64_t width, const float* d_total, const fl
             }
         }
     }
-    for (int64_t i = 0; parts && i < width; i++) {
-        float of_weight = 0, of_bias = 0;
-        for (int thread = 0; thread < threads; thread++) of_weight += parts[thread * 2 * padded + i], of_bias += parts[thread * 2 * padded + padded + i];
-        if (d_weight) d_weight[i] = of_weight;
-        if (d_bias) d_bias[i] = of_bias;
-    }
-    free(parts);
+    sums.give(d_weight, d_bias);
 }
 
 #define JOIN(T, NAME)                                                                                                                                                                                   \

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -142,5 +143,30 @@ struct Dropout {
         h = (h ^ (h >> 16)) * 0x9e3779b1u;
         h ^= h >> 15;
         return (Vec)((Ints)all(given.factor) & (h >= given.dropped));
+    }
+};
+
+// Sums over the tokens that are shared out among threads, for the gradients of two vectors; nothing where neither is asked for.
+class ThreadSums {
+    int64_t width, padded;
+    int threads;
+    float* parts;
+
+  public:
+    ThreadSums(int64_t width, int threads, bool asked)
+        : width(width), padded(width + LANES), threads(threads), parts(asked ? (float*)calloc(threads * 2 * padded, sizeof(float)) : nullptr) {}
+    ~ThreadSums() { free(parts); }
+
+    // Of the first or second vector (0 or 1), a thread's own: width numbers and room for a whole vector; null if nothing is asked for.
+    float* of(int which, int thread) const { return parts ? parts + (2 * thread + which) * padded : nullptr; }
+
+    void give(float* first, float* second) const {
+        for (int64_t i = 0; parts && i < width; i++) {
+            float sums[2] = {};
+            for (int thread = 0; thread < threads; thread++)
+                for (int which = 0; which < 2; which++) sums[which] += of(which, thread)[i];
+            if (first) first[i] = sums[0];
+            if (second) second[i] = sums[1];
+        }
     }
 };
