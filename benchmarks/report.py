@@ -77,6 +77,14 @@ def _decoder(own: Entries, found: Entries) -> list[str]:
     return ["### A decoder", "", text, "", *compared(own, TOKENS), *limit(own, found, 3, TOKENS, "A token", lambda entry: entry["tokens"])]
 
 
+def _two_stacks(own: Entries, found: Entries) -> list[str]:
+    text = (
+        f"`full` of a random T5 (six and six blocks, width 512, gated, 8,192 tokens of its own) that classifies the short rows ({own[0]['tokens']:.0f} tokens on average), {_settings('two_stacks')}. "
+        "Its decoder reads the row once more; transformers gives it no mask, and so computes its padding even where attention would not see it."
+    )
+    return ["### An encoder with a decoder", "", text, "", *compared(own, EXAMPLES), *limit(own, found, 3, EXAMPLES)]
+
+
 def _vision(own: Entries, found: Entries) -> list[str]:
     text = f"`lora` of DINOv2 small on made-up pictures of 112 x 112, {_settings('vision')}. luthier has no task for pictures: its side is `luthier.apply` and `luthier.compute` in a training loop of one's own."
     return ["### Pictures", "", text, "", *compared(own, IMAGES), *limit(own, found, 2, IMAGES, "A picture")]
@@ -117,10 +125,10 @@ def _settings(what: str) -> str:
     return f"{(benchmark.given or {})['batch']} rows a batch, {benchmark.steps} steps after {benchmark.warm_up}"
 
 
-SECTIONS: dict[str, Callable[[Entries, Entries], list[str]]] = {"speed": _speed, "long": _long, "decoder": _decoder, "vision": _vision, "profile": _profile, "frozen": _frozen, "encode": _encode, "start": _start, "busy": _busy, "growth": _growth}
+SECTIONS: dict[str, Callable[[Entries, Entries], list[str]]] = {"speed": _speed, "long": _long, "decoder": _decoder, "two_stacks": _two_stacks, "vision": _vision, "profile": _profile, "frozen": _frozen, "encode": _encode, "start": _start, "busy": _busy, "growth": _growth}
 PICTURES = (("speed", figures.speeds, "", "examples per second"), ("growth", figures.growth, "_growth", "seconds and memory of a step against length, batch, width and what learns"))
-NOT_YET = {"long": "long rows", "decoder": "decoders", "vision": "pictures"}
-TO_THE_LAST_STEP = {"speed": "short rows", "long": "long rows", "decoder": "a decoder", "vision": "pictures", "start": "the first step", "growth": "the growth of a step"}
+NOT_YET = {"long": "long rows", "decoder": "decoders", "two_stacks": "encoders with a decoder", "vision": "pictures"}
+TO_THE_LAST_STEP = {"speed": "short rows", "long": "long rows", "decoder": "a decoder", "two_stacks": "an encoder with a decoder", "vision": "pictures", "start": "the first step", "growth": "the growth of a step"}
 
 
 def _notes(entries: Entries) -> list[str]:

@@ -5,6 +5,7 @@
     frozen    three passes of methods that leave most of the model frozen
     long      LoRA on rows of 512 tokens
     decoder   training all of a small random Llama
+    two_stacks  training all of a small random T5
     vision    LoRA on pictures, through luthier.apply
     profile   where the time of such a step goes; profile_decoder: of a step of the Llama
     encode    2,000 sentences into vectors, against sentence-transformers

@@ -93,6 +93,7 @@ SUITE = {
     "frozen": Benchmark(AGAINST_BEST, [{"method": "head"}, {"method": "freeze(bottom=5)"}], inputs.sentences, _outcome, given={"batch": 32, "epochs": 3}),
     "long": Benchmark({**LUTHIER, **_trainers("trainer", "grouped")}, [{"method": "lora"}], inputs.reviews, _rates, steps=20, warm_up=5, given={"batch": 8, "epochs": 1}),
     "decoder": Benchmark({**LUTHIER, **_trainers("trainer", "grouped", "flattened")}, [{"method": "full"}], inputs.instructions, _rates, steps=20, warm_up=5, given={"batch": 16, "epochs": 1}),
+    "two_stacks": Benchmark({**LUTHIER, **_trainers("trainer", "random", "grouped")}, [{"method": "full"}], inputs.sentences_for_two_stacks, _rates, steps=20, warm_up=5, given=SHORT),
     "vision": Benchmark({"luthier": {"arm": "apply_to_pictures"}, **_trainers("trainer_on_pictures", "random")}, [{"method": "lora"}], inputs.pictures, _rates, steps=20, warm_up=5, given={"batch": 32}),
     "profile": Benchmark({"luthier": {"arm": "profile"}}, [{"method": "lora"}, {"method": "full"}], inputs.sentences, _shares, steps=80, given=SHORT, rounds=1),
     "profile_decoder": Benchmark({"luthier": {"arm": "profile"}}, [{"method": "full"}], inputs.instructions, _shares, steps=24, given={"batch": 16, "epochs": 1}, rounds=1),

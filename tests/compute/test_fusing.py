@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, Qwen3Config
 
-from luthier import compute
+from luthier import Anatomy, compute
 from luthier.compute import fusing, kernels, pieces
 from luthier.compute.fusing import Fusing
 from luthier.contract.tiny import CONFIGS, tiny_inputs, tiny_model
@@ -19,8 +19,11 @@ from luthier.methods.inserts import Sequential
 from luthier.methods.stack import parse
 
 FUSED = ("bert", "roberta", "albert", "distilbert", "gpt2", "vit", "dinov2")
-BY_KERNELS = ("llama", "qwen3")  # fused where kernels are, which know no float64
+BY_KERNELS = ("llama", "qwen3", "t5")  # fused where kernels are, which know no float64
 STACKS = ("full", "lora", "lora(r=3, alpha=5, sites=attention.*+mlp.*)", "bitfit", "lora(sites=mlp.up)|bitfit", "houlsby(reduction=4)", "pfeiffer(reduction=4)|lora(sites=mlp.down)")
+
+
+needs_kernels = pytest.mark.skipif(not kernels.library(), reason="no kernels on this machine")
 
 
 @pytest.fixture(autouse=True)
@@ -51,14 +54,18 @@ def moved(model: nn.Module) -> nn.Module:
 def gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     out = model(**inputs).last_hidden_state
-    if "attention_mask" in inputs:
-        out = out * inputs["attention_mask"].unsqueeze(-1)
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+    if mask is not None:
+        out = out * mask.unsqueeze(-1)
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).sum().backward()
     return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def inputs_for(architecture: str, **more: int) -> dict[str, torch.Tensor]:
     inputs = tiny_inputs(architecture, **more)
+    if architecture == "t5":  # answers of other lengths than their rows, in another order
+        lengths = torch.arange(len(inputs["input_ids"])) * 3 % 5 + 1
+        inputs["decoder_attention_mask"] = (torch.arange(5) < lengths[:, None]).long()
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
@@ -77,8 +84,8 @@ def test_answers_and_gradients_are_the_same(architecture: str, dtype: torch.dtyp
         model, inputs = model.float(), {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
     with compute.prepared(model, "cpu", "fp32"):
         found = gradients(model, inputs)
-        blocks = len({id(module) for module in fused[0].calls})
-        assert blocks and len(fused[0].blocks) == (0 if architecture == "dinov2" and "reduction" in stack else blocks)  # there inserts hang on a scale, which runs as the model's own module
+        blocks = len({id(block.module) for block in Anatomy.of(model).blocks})
+        assert len(fused[0].found.fused) == (0 if architecture == "dinov2" and "reduction" in stack else blocks)  # there inserts hang on a scale, which runs as the model's own module
     if dtype == torch.float64:
         torch.testing.assert_close(found, expected)
     else:  # also of the expected numbers, which were computed in float64
@@ -99,6 +106,61 @@ def test_a_row_is_the_same_in_any_company(architecture: str) -> None:
             alone = model(**{name: x[row : row + 1, :length] for name, x in inputs.items()}).last_hidden_state[0]
             torch.testing.assert_close(together[row, :length], alone)
             torch.testing.assert_close(shuffled[(order == row).nonzero().item(), :length], alone)
+
+
+@needs_kernels
+@pytest.mark.parametrize("stack", ["lora(sites=encoder.blocks[0].mlp.up)", "lora(sites=decoder.blocks[-1].cross_attention.query)", "lora(sites=encoder.blocks[-1].attention.*)|he_parallel(sites=decoder.blocks[1].mlp.out)", "he_parallel(sites=decoder.blocks[0].mlp.out)", "he_parallel(sites=encoder.blocks[0].mlp.out)|lora(sites=decoder.blocks[0].mlp.up)"])
+def test_two_stacks_of_which_only_some_blocks_learn_or_fuse(stack: str, fused: list[Fusing]) -> None:
+    """The gradient comes to the encoder through cross attention alone; the first block of a stack says what the others add for distances."""
+    model, inputs = moved(install(tiny_model("t5").double(), parse(stack)).model), inputs_for("t5", batch=4, length=6)
+    expected = gradients(model, inputs)
+    with compute.prepared(model.float(), "cpu", "fp32"):
+        found = gradients(model, inputs)
+    assert len(fused[0].found.fused) == 5 - ("he_parallel" in stack)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(float(x.abs().max()) for x in expected[1].values()), check_dtype=False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("auto_class,leaves", [("AutoModelForSequenceClassification", "last"), ("AutoModelForSeq2SeqLM", None), ("AutoModelForTokenClassification", None), ("AutoModelForTextEncoding", None)])
+def test_an_encoder_decoder_under_any_head(auto_class: str, leaves: str | None, fused: list[Fusing]) -> None:
+    """Without an input of its own a decoder reads its encoder's, with labels those; some heads stand on the encoder alone."""
+    model, inputs = tiny_model("t5", auto_class, num_labels=3), {name: x for name, x in tiny_inputs("t5", batch=4, length=6).items() if not name.startswith("decoder")}
+    mask, labels = inputs["attention_mask"], inputs["input_ids"].roll(1, 0)[:, :5]
+    if auto_class == "AutoModelForSeq2SeqLM":
+        inputs["labels"] = labels.masked_fill(torch.arange(5) >= torch.tensor([[5], [2], [4], [3]]), -100)
+    if auto_class == "AutoModelForSequenceClassification":
+        inputs["input_ids"][torch.arange(4), mask.sum(1) - 1] = model.config.eos_token_id
+
+    def learnt() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model(**inputs)
+        if "labels" in inputs:
+            loss = out.loss
+        else:
+            answer = out.logits if "logits" in out else out.last_hidden_state
+            answer = answer if len(answer.shape) == 2 else answer * mask.unsqueeze(-1)
+            loss = (answer * torch.randn(answer.shape, generator=torch.Generator().manual_seed(0))).sum()
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = learnt()
+    with compute.prepared(model, "cpu", "fp32"):
+        found = learnt()
+    assert len(fused[0].found.fused) == len(Anatomy.of(model).blocks) and fused[0].found.leaves == leaves
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * max(float(x.abs().max()) for x in expected))
+
+
+@needs_kernels
+def test_an_encoder_decoder_writes_the_same_text(fused: list[Fusing]) -> None:
+    """It writes token by token, from what it has read once."""
+    model, inputs = tiny_model("t5", "AutoModelForSeq2SeqLM", num_decoder_layers=2), tiny_inputs("t5", batch=4, length=6)  # transformers makes room for as many as the encoder has
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = model.generate(**given, max_new_tokens=6, do_sample=False)
+    with torch.no_grad(), compute.prepared(model, "cpu", "fp32", learning=False):
+        model(**inputs)
+        assert fused[0].found.fused
+        assert torch.equal(model.generate(**given, max_new_tokens=6, do_sample=False), expected)
 
 
 def test_what_a_row_says_reaches_no_other() -> None:
@@ -125,7 +187,7 @@ def test_blocks_with_something_else_in_them_stay_as_they_are(stack: str, fused: 
     expected = gradients(model, inputs_for("bert"))
     with compute.prepared(model, "cpu", "fp32"):
         found = gradients(model, inputs_for("bert"))
-    assert not fused[0].blocks
+    assert not fused[0].found.fused
     torch.testing.assert_close(found, expected)
 
 
@@ -140,7 +202,7 @@ def test_an_insert_draws_the_same_on_the_way_back(fused: list[Fusing]) -> None:
     expected = gradients(model, inputs)
     with compute.prepared(model, "cpu", "fp32"):
         model(**inputs)
-        assert len(fused[0].blocks) == 2
+        assert len(fused[0].found.fused) == 2
         torch.manual_seed(0)
         torch.testing.assert_close(gradients(model, inputs), expected)
 
@@ -150,25 +212,25 @@ def test_some_blocks_fused_and_some_not(fused: list[Fusing]) -> None:
     expected = gradients(model, inputs_for("bert"))
     with compute.prepared(model, "cpu", "fp32", leave=[]):
         found = gradients(model, inputs_for("bert"))
-    assert len(fused[0].blocks) == 2
+    assert len(fused[0].found.fused) == 2
     torch.testing.assert_close(found, expected)
 
 
 def test_a_model_that_would_answer_otherwise_is_left_alone(fused: list[Fusing], monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read off a block is tried: here it was read wrongly."""
-    right = fusing.block.read
+    right = fusing.reading.read
 
     def wrong(*args: object) -> object:
         found = right(*args)  # type: ignore[arg-type]
-        found.mlp[1].__dict__.update(pieces.local(nn.ReLU()).__dict__)  # type: ignore[union-attr]
+        found.sublayers[1][1].__dict__.update(pieces.local(nn.ReLU()).__dict__)  # type: ignore[union-attr]
         return found
 
-    monkeypatch.setattr(fusing.block, "read", wrong)
+    monkeypatch.setattr(fusing.reading, "read", wrong)
     model, inputs = tiny_model("bert"), tiny_inputs("bert")
     expected = model(**inputs).last_hidden_state
     with compute.prepared(model, "cpu", "fp32"):
         torch.testing.assert_close(model(**inputs).last_hidden_state, expected)
-    assert not fused[0].blocks
+    assert not fused[0].found.fused
 
 
 def test_dropout_is_where_the_block_has_it() -> None:
@@ -237,7 +299,7 @@ def test_rows_of_one_token_tell_nothing(fused: list[Fusing]) -> None:
         model(**short)
         assert not fused[-1].known
         model(**inputs)
-        assert fused[-1].known and fused[-1].blocks
+        assert fused[-1].known and fused[-1].found.fused
 
 
 def test_every_architecture_is_known_to_fuse_or_not(fused: list[Fusing]) -> None:
@@ -246,7 +308,7 @@ def test_every_architecture_is_known_to_fuse_or_not(fused: list[Fusing]) -> None
         model = tiny_model(architecture)
         with torch.no_grad(), compute.prepared(model, "cpu", "fp32"):
             model(**tiny_inputs(architecture))
-            if fused[-1].blocks:
+            if fused[-1].found.fused:
                 found.add(architecture)
     assert found == {*FUSED, *(BY_KERNELS if kernels.library() else ())}
 
@@ -269,7 +331,7 @@ def test_of_the_last_block_only_the_pooled_token_is_computed(architecture: str, 
     expected = learnt()
     with compute.prepared(model, "cpu", "fp32"):
         found = learnt()
-    assert fused[0].blocks and fused[0].leaves == leaves
+    assert fused[0].found.fused and fused[0].found.leaves == leaves
     torch.testing.assert_close(found[0], expected[0])
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1].get(name, torch.zeros_like(gradient)), gradient)
@@ -280,7 +342,7 @@ def test_where_every_token_matters_every_token_is_computed(auto_class: str, fuse
     model = tiny_model("bert", auto_class)
     with torch.no_grad(), compute.prepared(model, "cpu", "fp32"):
         model(**tiny_inputs("bert"))
-    assert fused[0].blocks and fused[0].leaves is None
+    assert fused[0].found.fused and fused[0].found.leaves is None
 
 
 def test_rows_of_one_token_do_not_tell_which_token_matters(fused: list[Fusing]) -> None:
@@ -294,4 +356,4 @@ def test_rows_of_one_token_do_not_tell_which_token_matters(fused: list[Fusing]) 
             model(**short)
             full = {name: x[:1, :6] for name, x in inputs.items()}
             torch.testing.assert_close(model(**full).logits, expected[:1])
-    assert fused[0].blocks and fused[0].leaves is None
+    assert fused[0].found.fused and fused[0].found.leaves is None

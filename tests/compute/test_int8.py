@@ -11,7 +11,9 @@ from torch import nn
 from luthier import UserError, compute
 from luthier.compute import int8, linear
 from luthier.compute.kernels import kernel
+from luthier.compute.packing import Packing
 from luthier.compute.products import Linear
+from luthier.compute.tape import Given
 from luthier.contract.tiny import tiny_inputs, tiny_model
 from luthier.methods.engine import install
 from luthier.methods.stack import parse
@@ -97,7 +99,7 @@ def test_zeros_stay_zero_and_what_is_not_a_number_shows(by: Any) -> None:
 LORA = "lora(r=3, alpha=5, sites=attention.*+mlp.*)"
 
 
-@pytest.mark.parametrize("architecture,stack", [*((name, LORA) for name in ("bert", "albert", "gpt2", "llama", "vit")), ("bert", "lora(sites=mlp.up)|bitfit"), ("bert", "peft(type=ia3)"), ("bert", "adapter"), ("gpt2", "peft(type=dora)")])
+@pytest.mark.parametrize("architecture,stack", [*((name, LORA) for name in ("bert", "albert", "gpt2", "llama", "t5", "vit")), ("bert", "lora(sites=mlp.up)|bitfit"), ("bert", "peft(type=ia3)"), ("bert", "adapter"), ("gpt2", "peft(type=dora)")])
 def test_a_changed_model_answers_nearly_as_in_fp32(architecture: str, stack: str) -> None:
     """Fused blocks and stock ones, whatever stands in them."""
     model, inputs = install(tiny_model(architecture), parse(stack)).model.eval(), tiny_inputs(architecture, batch=5)
@@ -127,7 +129,7 @@ def test_a_low_rank_change_is_not_rounded() -> None:
         for name in change.names:
             change[name].copy_(torch.randn(change[name].shape, generator=rng))
         piece, x = Linear([module], torch.int8, learning=False), torch.randn(9, 32, generator=rng)
-        tensors = piece.tensors()
+        tensors = piece.tensors(Given(Packing.whole(9, 1)))
         assert piece.kept == (None, None), "no other copy of the weight is kept"
         found = piece.forward(x, tensors, (False,) * (1 + len(tensors)), _Keeps())  # type: ignore[arg-type]
         torch.testing.assert_close(found, module(x))

@@ -6,7 +6,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,13 @@ from torch.nn import functional
 from luthier.compute import kernels
 from luthier.compute.attention import Call
 from luthier.compute.block import FusedBlock
+from luthier.compute.fused import Fused
 from luthier.compute.head_norms import head_norms
 from luthier.compute.joins import Join, KernelJoin, join
 from luthier.compute.packed_attention import KernelAttention
 from luthier.compute.packing import Packing
 from luthier.compute.pieces import ACTIVATIONS, local
-from luthier.compute.tape import Piece, Tape
+from luthier.compute.tape import Given, Piece, Tape
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,10 @@ def several_threads() -> Iterator[None]:
 needs_kernels = pytest.mark.skipif(not kernels.library(), reason="no kernels on this machine")
 TYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest number
 WIDTHS = (1, 16, 33, 384)
+
+
+def tape_of(pieces: Sequence[Piece], given: Given, flows: bool, learns: bool) -> Tape:
+    return Tape(pieces, [piece.tensors(given) for piece in pieces], given, flows, learns)
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -90,7 +95,7 @@ def test_joins(p: float, kind: type[nn.Module], replaces: bool, width: int, dtyp
     x, y = random(rows, width).requires_grad_(), random(rows, width, seed=1, dtype=dtype)
 
     def run(joined: Join, x: Tensor, y: Tensor) -> tuple[Tape, Tensor, Tensor]:
-        tape = Tape(joined.pieces, [piece.tensors() for piece in joined.pieces], Packing.whole(rows, 1), None, None, flows=True, learns=True)
+        tape = tape_of(joined.pieces, Given(Packing.whole(rows, 1)), flows=True, learns=True)
         torch.manual_seed(3)
         with torch.no_grad():
             return tape, *joined.forward(x, y, tape)
@@ -116,10 +121,10 @@ def test_joins(p: float, kind: type[nn.Module], replaces: bool, width: int, dtyp
             close(found, gradient, torch.float32)  # type: ignore[arg-type]
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, call: Call, factors: Tensor | float) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, call: Call, factors: Tensor | float, added: Tensor | float = 0.0) -> Tensor:
     """(T, heads, d), (S, groups, d) -> (T, heads * d); the queries are the last of the tokens"""
     k, v = (x.repeat_interleave(call.heads // call.groups, 1) for x in (k, v))
-    scores = torch.einsum("thd,shd->hts", q, k) * call.scale
+    scores = torch.einsum("thd,shd->hts", q, k) * call.scale + added
     if call.causal:
         scores = scores.masked_fill(torch.ones(len(k), len(k), dtype=torch.bool).triu(1)[-len(q) :], -torch.inf)
     return torch.einsum("hts,shd->thd", scores.softmax(-1) * factors, v).flatten(1)
@@ -150,14 +155,83 @@ def test_attention(heads: int, groups: int, width: int, pooled: bool, causal: bo
     close(gradient, expected, dtype)
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("lengths", [[1, 3], [70, 33, 16]], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_attention_with_something_added_for_distances(pooled: bool, causal: bool, lengths: list[int], dtype: torch.dtype) -> None:
+    """Whose gradient is a sum over all pairs of tokens that far apart."""
+    packing, reach, heads, width = Packing.of(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]), max(lengths), 3, 8
+    assert packing
+    call = Call(nn.Dropout().eval(), heads, heads, width, 0.4, 0.0, causal, True)
+    tokens = packing.ends(last=True) if pooled else None
+    x, distances = random(packing.tokens, 3 * heads * width, dtype=dtype), functional.pad(random(heads, 2 * reach - 1, seed=3), (0, kernels.LANES))
+    exact, added = x.double().requires_grad_(), distances.double().requires_grad_()
+    with torch.no_grad():
+        piece, given = KernelAttention(call, dtype), Given(packing, tokens, distances=distances.requires_grad_())
+        tape = tape_of([piece], given, flows=True, learns=True)
+        found = tape.run(piece, x)
+        d = random(*found.shape, seed=9, dtype=dtype)
+        tape.resume([*tape.inputs[piece], *tape.kept])
+        gradient, of_distances = tape.back(piece, d), tape.collect()[1]
+    answers, places = [], []
+    for number, (first, length) in enumerate(packing.rows.tolist()):
+        q, k, v = exact[first : first + length].view(length, 3, heads, width).unbind(1)
+        apart = torch.arange(length) - torch.arange(length)[:, None] + reach - 1
+        whole = reference(q, k, v, call, 1.0, added[:, apart])
+        answers.append(whole[-1] if pooled else whole)
+        places.append(number if pooled else slice(first, first + length))
+    for place, answer in zip(places, answers, strict=True):
+        close(found[place], answer, dtype)
+    expected = torch.autograd.grad(answers, [exact, added], [d[place].double() for place in places])
+    close(gradient, expected[0], dtype)
+    close(of_distances, expected[1], dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("lengths,others", [([1], [4]), ([5, 2, 7, 7], [1, 40, 3, 40]), ([2, 2], [3, 3])], ids=str)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_attention_to_the_tokens_of_another_stack(pooled: bool, lengths: list[int], others: list[int], dtype: torch.dtype) -> None:
+    """Packed in an order of their own."""
+    packing, by = (Packing.of(torch.arange(max(counts)) < torch.tensor(counts)[:, None]) for counts in (lengths, others))
+    assert packing and by
+    call, width = Call(nn.Dropout().eval(), 4, 2, 8, 0.4, 0.0, False, True), 32
+    tokens = packing.ends(last=True) if pooled else None
+    x, keys = random(len(lengths) if pooled else packing.tokens, width, dtype=dtype), random(by.tokens, width, seed=1, dtype=dtype)
+    piece = KernelAttention(call, dtype, memory=Fused([]))
+    with torch.no_grad():
+        tape = tape_of([piece], Given(packing, tokens, encoded=keys.requires_grad_(), encoded_by=by), flows=True, learns=True)
+        found = tape.run(piece, x)
+        d = random(*found.shape, seed=9, dtype=dtype)
+        tape.resume([*tape.inputs[piece], *tape.kept])
+        gradient = tape.back(piece, d), tape.collect()[0]
+    exact, answers, places = [x.double().requires_grad_(), keys.double().requires_grad_()], [], []
+    order, theirs = (range(len(lengths)) if p.order is None else p.order.tolist() for p in (packing, by))
+    for number, (first, length) in enumerate(packing.rows.tolist()):
+        start, count = by.rows[list(theirs).index(order[number])].tolist()
+        assert (length, count) == (lengths[order[number]], others[order[number]])
+        place = slice(number, number + 1) if pooled else slice(first, first + length)
+        k, v = exact[1][start : start + count].view(count, 2, 2, 8).unbind(1)
+        answers.append(reference(exact[0][place].view(-1, 4, 8), k, v, call, 1.0))
+        places.append(place)
+    assert pooled or not found[sum(lengths) :].any()
+    for place, answer in zip(places, answers, strict=True):
+        close(found[place], answer, dtype)
+    for one, other in zip(gradient, torch.autograd.grad(answers, exact, [d[place].double() for place in places]), strict=True):
+        assert one is not None
+        close(one, other, dtype)
+
+
 def through(piece: Piece, x: Tensor, packing: Packing, tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """y, the gradient of x and the gradient of y that it is of"""
-    tape = Tape([piece], [piece.tensors()], packing, tokens, None, flows=True, learns=True)
+    tape = tape_of([piece], Given(packing, tokens), flows=True, learns=True)
     y = tape.run(piece, x)
     d = random(*y.shape, seed=9, dtype=x.dtype)
     if tokens is None:
         d[packing.tokens - packing.spare :] = 0
-    tape.resume(tape.kept)
+    tape.resume([*tape.inputs[piece], *tape.kept])
     return y, tape.back(piece, d), d
 
 
@@ -210,7 +284,7 @@ def test_dropout_is_even_and_independent() -> None:
     joined = join([nn.Dropout(p).train()], None, False, torch.float32)
 
     def mask() -> Tensor:
-        tape = Tape(joined.pieces, [(None, None)], Packing.whole(*shape), None, None, flows=False, learns=False)
+        tape = tape_of(joined.pieces, Given(Packing.whole(*shape)), flows=False, learns=False)
         return (joined.forward(torch.zeros(shape), torch.ones(shape), tape)[0] == 0).double()
 
     torch.manual_seed(0)
@@ -233,7 +307,7 @@ def test_a_norm_may_learn_alone_and_be_the_last(replaces: bool) -> None:
     norm = nn.LayerNorm(20)
     joined = join((), norm, replaces, torch.bfloat16, last=replaces)
     x, y, d = random(6, 20), random(6, 20, seed=1, dtype=torch.bfloat16), random(6, 20, seed=2)
-    tape = Tape(joined.pieces, [piece.tensors() for piece in joined.pieces], Packing.whole(6, 1), None, None, flows=False, learns=True)
+    tape = tape_of(joined.pieces, Given(Packing.whole(6, 1)), flows=False, learns=True)
     with torch.no_grad():
         past, _ = joined.forward(x, y, tape)
     tape.resume([*norm.parameters(), *tape.kept])
@@ -251,7 +325,7 @@ def test_nothing_may_join_yet(norm: nn.Module | None, dtype: torch.dtype) -> Non
     """Of the join that opens a block: what goes past is x itself, and its gradient the sum of both."""
     joined, x = join((), norm, False, dtype, first=True), random(6, 20).requires_grad_()
     d_past, d_h = random(6, 20, seed=1), random(6, 20, seed=2).to(dtype)
-    tape = Tape(joined.pieces, [piece.tensors() for piece in joined.pieces], Packing.whole(6, 1), None, None, flows=True, learns=True)
+    tape = tape_of(joined.pieces, Given(Packing.whole(6, 1)), flows=True, learns=True)
     with torch.no_grad():
         past, h = joined.forward(x, None, tape)
     tape.resume([*(norm.parameters() if norm else (None, None)), *tape.kept])
@@ -276,11 +350,11 @@ def test_norms_of_heads(heads: int, groups: int, width: int, learns: str, dtype:
     call = Call(nn.Module(), heads, groups, width, 1.0, 0.0, True, True)
     piece, x, d = head_norms(call, norms[0], norms[1], dtype), *(random(60, (heads + 2 * groups) * width, seed=seed, dtype=dtype) for seed in range(2))
     assert piece is not None
-    tape, flows = Tape([piece], [piece.tensors()], Packing.whole(60, 1), None, None, flows=learns != "weights", learns=True), (learns != "weights", *[learns != "x"] * 2)
+    tape, flows = tape_of([piece], Given(Packing.whole(60, 1)), flows=learns != "weights", learns=True), (learns != "weights", *[learns != "x"] * 2)
     tape.flows = True
     with torch.no_grad():
-        y = piece.forward(x, piece.tensors(), flows, tape)
-        d_x, of_weights = piece.backward(d, tuple(tape.kept), piece.tensors(), flows, tape)
+        y = piece.forward(x, piece.tensors(tape.given), flows, tape)
+        d_x, of_weights = piece.backward(d, tuple(tape.kept), piece.tensors(tape.given), flows, tape)
     exact, weights = x.double().view(60, -1, width).requires_grad_(), [norm.weight.detach().double().requires_grad_() for norm in norms]
     parts = exact.split([heads, groups, groups], 1)
     expected = torch.cat([*(part * (part.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight for part, weight in zip(parts, weights, strict=False)), parts[2]], 1)
@@ -296,7 +370,7 @@ def test_norms_of_heads(heads: int, groups: int, width: int, learns: str, dtype:
 @pytest.mark.parametrize("p", [1.0, 0.9999999])
 def test_all_may_drop(p: float) -> None:
     joined, x = join([nn.Dropout(p).train()], None, False, torch.float32), random(4, 20)
-    tape = Tape(joined.pieces, [(None, None)], Packing.whole(4, 1), None, None, flows=False, learns=False)
+    tape = tape_of(joined.pieces, Given(Packing.whole(4, 1)), flows=False, learns=False)
     assert torch.equal(joined.forward(x, torch.ones(4, 20), tape)[0], x)
 
 
@@ -348,9 +422,9 @@ def test_machines_without_kernels_do_without(hidden: str, fresh: Path, tmp_path:
         kernels.ensure(said.append)
         assert len(said) == 2 and "no OpenMP here (to try again, delete " in kernels.outcome()
     assert type(join([nn.Dropout()], nn.LayerNorm(4), True, torch.float32)) is Join
-    block = FusedBlock((Join((), None, False), Join((), None, False), Join((), None, False)), [local(nn.GELU())], [local(nn.Identity())], False)
+    block = FusedBlock([Join((), None, False)] * 3, [[local(nn.GELU())], [local(nn.Identity())]], False)
     x = random(3, 4)
-    torch.testing.assert_close(block(x, Packing.whole(3, 1)), 2 * (x + functional.gelu(x)))
+    torch.testing.assert_close(block(x, Given(Packing.whole(3, 1))), 2 * (x + functional.gelu(x)))
 
 
 @needs_kernels
@@ -393,7 +467,7 @@ def test_what_is_not_a_number_is_not_hidden(bad: float) -> None:
     found = through(KernelAttention(call, x.dtype), x, Packing.whole(1, 4), None)[0]
     assert found[1].isnan().all() and found[[0, 2, 3]].isfinite().all()
     joined = join((), nn.LayerNorm(8), True, torch.bfloat16)
-    tape = Tape(joined.pieces, [piece.tensors() for piece in joined.pieces], Packing.whole(1, 4), None, None, flows=False, learns=False)
+    tape = tape_of(joined.pieces, Given(Packing.whole(1, 4)), flows=False, learns=False)
     with torch.no_grad():
         found = joined.forward(x[:, :8], None, tape)[1]
     assert found[1].isnan().all() and found[0].isfinite().all()

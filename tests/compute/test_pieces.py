@@ -15,7 +15,7 @@ from luthier.compute.packed_attention import PackedAttention
 from luthier.compute.packing import Packing
 from luthier.compute.pieces import Activation, Dropout, LayerNorm, Local, RMSNorm, local
 from luthier.compute.products import Linear
-from luthier.compute.tape import Piece
+from luthier.compute.tape import Given, Piece
 
 PACKING = Packing.of(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]))
 assert PACKING
@@ -33,7 +33,7 @@ def through(x: torch.Tensor, *pieces: Piece, tokens: torch.Tensor | None = None)
     """2 (x + pieces(x)) of packed rows, with the same numbers drawn each time."""
     torch.manual_seed(0)
     bare = Join((), None, False)
-    return FusedBlock((bare, bare, bare), pieces, [local(nn.Identity())], causal=False)(x, PACKING, tokens)  # type: ignore[arg-type]
+    return FusedBlock([bare] * 3, [pieces, [local(nn.Identity())]], causal=False)(x, Given(PACKING, tokens))
 
 
 def rows(width: int) -> torch.Tensor:

@@ -29,9 +29,10 @@ LONGEST = 384  # keys; beyond it torch's own route, which never holds all weight
 class Call:
     """How a model asked for attention: by which module, with what dropout in training.
 
-    groups  heads of keys and values
-    width   of a head
-    plain   whether it was nothing but softmax(scale * q @ k^T) @ v, causal or not
+    groups   heads of keys and values
+    width    of a head
+    plain    whether it was nothing but softmax(scale * q @ k^T) @ v, causal or not
+    shifted  except for something that was added to the scores for positions
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class Call:
     dropout: float
     causal: bool
     plain: bool
+    shifted: bool = False
 
 
 _heard: list[Any] | None = None
@@ -77,8 +79,8 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if _heard is not None:
-        simple = key.shape == value.shape and position_bias is None and all(x is None or x is False or name in HARMLESS for name, x in kwargs.items())
-        _heard.append(Call(module, query.shape[1], key.shape[1], query.shape[3], scale, dropout, causal, simple))
+        simple = key.shape == value.shape and all(x is None or x is False or name in HARMLESS for name, x in kwargs.items())
+        _heard.append(Call(module, query.shape[1], key.shape[1], query.shape[3], scale, dropout, causal, simple, position_bias is not None and bool(position_bias.any())))
     if not plain_is_faster(query, key, dropout):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias, **kwargs)  # type: ignore[return-value]
     groups = getattr(module, "num_key_value_groups", 1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from luthier.compute.attention import Call
 from luthier.compute.kernels import kernel, memory
 from luthier.compute.pieces import RMSNorm, local
-from luthier.compute.tape import Piece, Tape, Tensors, Wants
+from luthier.compute.tape import Given, Piece, Tape, Tensors, Wants
 
 
 class HeadNorms(Piece):
@@ -18,7 +18,7 @@ class HeadNorms(Piece):
         self.layout, self.weights, self.eps = (call.heads, call.groups, call.width), (query.module.weight, key.module.weight), query.eps
         self._forward, self._backward = kernel("head_norms_forward", dtype), kernel("head_norms_backward", dtype)
 
-    def tensors(self) -> Tensors:
+    def tensors(self, given: Given) -> Tensors:
         return self.weights  # type: ignore[return-value]
 
     def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:

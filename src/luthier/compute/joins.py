@@ -12,7 +12,7 @@ from luthier.compute import kernels
 from luthier.compute.dropout import seeds
 from luthier.compute.kernels import memory
 from luthier.compute.pieces import LayerNorm, RMSNorm, local
-from luthier.compute.tape import Piece, Tape, Tensors, Wants
+from luthier.compute.tape import Given, Piece, Tape, Tensors, Wants
 
 Both = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor | None, Tensor | None]
@@ -80,7 +80,7 @@ class _Joined(Piece):
         self.dropout, self.norm, self.replaces, self.dtype, self.first, self.last = dropout, norm, replaces, dtype, first, last
         self._forward, self._backward = kernels.kernel("join_forward", dtype), kernels.kernel("join_backward", dtype)
 
-    def tensors(self) -> Tensors:
+    def tensors(self, given: Given) -> Tensors:
         return (self.norm.module.weight, getattr(self.norm.module, "bias", None)) if self.norm is not None else (None, None)  # type: ignore[return-value]
 
     def forward(self, x: Any, tensors: Tensors, wants: Wants, tape: Tape) -> Both:

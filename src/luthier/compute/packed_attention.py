@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from luthier.compute.attention import Call
 from luthier.compute.dropout import multipliers, seeds
-from luthier.compute.kernels import kernel, memory
-from luthier.compute.tape import Piece, Tape, Tensors, Wants
+from luthier.compute.fused import Fused
+from luthier.compute.kernels import LANES, kernel, memory, strided
+from luthier.compute.tape import Given, Piece, Tape, Tensors, Wants
 
 SHORT = 64  # tokens; rows up to here are attended in float32 whatever the products' type: torch's softmax is slower in bf16
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
@@ -34,7 +35,7 @@ class PackedAttention(Piece):
             q, k, v = (one for source, (tokens, parts) in zip(sources, places, strict=True) for one in self._apart(source[tokens], rows, parts, _type(x, length)))
             across = _across(length)
             scores = torch.baddbmm(q.new_empty(()), *((k, q.mT) if across else (q, k.mT)), beta=0, alpha=self.call.scale)
-            if self.call.causal and tape.tokens is None:
+            if self.call.causal and tape.given.tokens is None:
                 later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
                 scores.masked_fill_(later.T if across else later, torch.finfo(scores.dtype).min)
             weights = torch.softmax(scores, 1 if across else 2)
@@ -47,14 +48,14 @@ class PackedAttention(Piece):
 
     def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor, Tensors]:
         width = d.shape[1]
-        d_x = d.new_empty(tape.packing.tokens, 3 * width)
-        sources = [d_x] if tape.tokens is None else [torch.empty_like(d), d_x[:, width:]]
+        d_x = d.new_empty(tape.given.packing.tokens, 3 * width)
+        sources = [d_x] if tape.given.tokens is None else [torch.empty_like(d), d_x[:, width:]]
         for number, (rows, length, places) in enumerate(_groups(tape)):
             q, k, v, weights, factors = kept[5 * number : 5 * number + 5]
             assert q is not None and k is not None and v is not None and weights is not None
             (g,) = self._apart(d[places[0][0]], rows, 1, q.dtype)
             across = _across(length)
-            found = [q.new_empty(3, *q.shape)] if tape.tokens is None else [q.new_empty(1, *q.shape), k.new_empty(2, *k.shape)]
+            found = [q.new_empty(3, *q.shape)] if tape.given.tokens is None else [q.new_empty(1, *q.shape), k.new_empty(2, *k.shape)]
             d_q, d_k, d_v = (one for some in found for one in some)
             used = weights if factors is None else weights * factors
             torch.bmm(used if across else used.mT, g, out=d_v)
@@ -67,9 +68,9 @@ class PackedAttention(Piece):
             for some, source, (tokens, _) in zip(found, sources, places, strict=True):
                 self._together(some, source[tokens], rows)
         d_x[places[-1][0].stop :] = 0
-        if tape.tokens is not None:
+        if tape.given.tokens is not None:
             d_x[:, :width] = 0
-            d_x[tape.tokens, :width] = sources[0]
+            d_x[tape.given.tokens, :width] = sources[0]
         return d_x, ()
 
     def _apart(self, x: Tensor, rows: int, parts: int, dtype: torch.dtype) -> Tensor:
@@ -86,59 +87,115 @@ class PackedAttention(Piece):
 
 
 class KernelAttention(Piece):
-    """By one kernel each way, which keeps no weights. Groups of heads may share their keys and values, and rotary positions turn queries and keys first."""
+    """By one kernel each way, which keeps no weights. Groups of heads may share their keys and values, rotary positions turn queries and keys first, and what belongs to the distance of two tokens is added to their score.
 
-    def __init__(self, call: Call, dtype: torch.dtype):
-        self.call, self.dtype = call, dtype
+    memory  what makes keys and values of another stack's tokens, where x are queries alone (cross attention)
+    """
+
+    def __init__(self, call: Call, dtype: torch.dtype, memory: Fused | None = None):
+        self.call, self.dtype, self.memory = call, dtype, memory
         self._forward, self._backward = kernel("attention_forward", dtype), kernel("attention_backward", dtype)
+
+    def tensors(self, given: Given) -> Tensors:
+        """Keys and values of another stack, what is added for distances."""
+        if self.memory is None:
+            return None, given.distances
+        assert given.encoded is not None
+        return self.memory(given.encoded, given), None
+
+    def parts(self) -> Sequence[Piece]:
+        return self, *(self.memory.parts if self.memory else ())
 
     def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
         assert self._forward
-        call, turned = self.call, tape.turns[0].shape if tape.turns else None
-        if x.dtype != self.dtype or x.shape[1] != (call.heads + 2 * call.groups) * call.width or turned not in (None, (len(x), call.width)):
-            raise ValueError(f"attention of {call.heads} heads of {call.width} cannot read {x.dtype} {tuple(x.shape)}, turned by {turned}")
-        rows, width = tape.packing.queries(tape.tokens), call.heads * call.width
-        drops = seeds() if self.call.module.training and self.call.dropout else None
-        out = x.new_zeros(len(rows), width) if tape.tokens is not None else x.new_empty(len(x), width)
-        if tape.packing.spare and tape.tokens is None:
-            out[-tape.packing.spare :] = 0
-        normaliser = torch.empty(len(out), self.call.heads, dtype=torch.float32) if tape.flows else None
-        self._forward(len(rows), memory(rows), *self._layout(tape), memory(x), memory(drops), self.call.dropout, memory(out), memory(normaliser))
+        call, given = self.call, tape.given
+        self._check(x, tensors, given)
+        rows = given.queries if tensors[0] is None else given.crossing
+        drops = seeds() if call.module.training and call.dropout else None
+        alone = given.tokens is not None
+        out = _ending(x.new_empty(len(rows) if alone else len(x), call.heads * call.width), 0 if alone else given.packing.spare)
+        normaliser = torch.empty(len(out), call.heads, dtype=torch.float32) if tape.flows else None
+        self._forward(len(rows), memory(rows), *self._layout(x, tensors, given), memory(drops), call.dropout, memory(out), memory(normaliser))
         tape.keep(x, normaliser, drops, rows)
         return out
 
-    def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor, Tensors]:
+    def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
         x, normaliser, drops, rows = kept
         assert x is not None and rows is not None and self._backward
-        d_x, d = torch.empty_like(x), d.to(x.dtype).contiguous()
+        given, (others, distances) = tape.given, tensors
+        alone = given.tokens is not None
+        d_x = _ending(torch.empty_like(x), 0 if alone and others is not None else given.packing.spare)
+        d_others = None if others is None else _ending(torch.empty_like(others), given.encoded_by.spare)  # type: ignore[union-attr]
+        d_queries, d_keys = self._sides(d_x, d_others)
+        if alone and others is None:  # all other tokens asked nothing
+            d_queries.zero_()
+        d_distances = distances.new_zeros(len(rows), *distances.shape) if distances is not None and wants[2] else None  # of each row, as rows go by in several threads
         self._backward(
-            len(x), len(rows), memory(rows), *self._layout(tape), memory(x), memory(d), memory(normaliser), memory(drops), self.call.dropout, memory(d_x),
+            len(rows), memory(rows), *self._layout(x, tensors, given), memory(drops), self.call.dropout, memory(d.to(x.dtype).contiguous()), memory(normaliser),
+            d_queries.data_ptr(), d_keys.data_ptr(), memory(d_distances),
         )  # fmt: skip
-        return d_x, ()
+        return (d_x if wants[0] else None), (d_others, None if d_distances is None else d_distances.sum(0))
 
-    def _layout(self, tape: Tape) -> tuple[object, ...]:
-        cosines, sines = tape.turns or (None, None)
-        return self.call.heads, self.call.groups, self.call.width, self.call.causal, self.call.scale, memory(cosines), memory(sines)
+    def _sides(self, x: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries, and keys with values"""
+        own = self.call.heads * self.call.width
+        return (x[:, :own], x[:, own:]) if others is None else (x, others)
+
+    def _layout(self, x: Tensor, tensors: Tensors, given: Given) -> tuple[object, ...]:
+        call, (others, distances) = self.call, tensors
+        cosines, sines = (given.turns if others is None else None) or (None, None)
+        reach = 0 if distances is None else self._reach(distances)
+        queries, keys = self._sides(x, others)
+        return call.heads, call.groups, call.width, call.causal, call.scale, memory(cosines), memory(sines), reach, memory(distances), *strided(queries), *strided(keys)
+
+    def _reach(self, distances: Tensor) -> int:
+        return (distances.shape[1] + 1 - LANES) // 2
+
+    def _check(self, x: Tensor, tensors: Tensors, given: Given) -> None:
+        """A kernel reads memory as it is told."""
+        call, (others, distances) = self.call, tensors
+        own, both = call.heads * call.width, 2 * call.groups * call.width
+        turned = given.turns[0].shape if given.turns and others is None else None
+        found = [tuple(t.shape) for t in (x, others) if t is not None]
+        if (
+            any(t.dtype != self.dtype for t in (x, others) if t is not None)
+            or [shape[1] for shape in found] != ([own + both] if others is None else [own, both])
+            or turned not in (None, (len(x), call.width))
+            or (distances is not None and (len(distances) != call.heads or self._reach(distances) < given.packing.shape[1]))
+        ):
+            raise ValueError(f"attention of {call.heads} heads of {call.width} cannot read {x.dtype} {found}, turned by {turned}, with distances {None if distances is None else tuple(distances.shape)}")
 
 
-def packed_attention(call: Call, turned: int, dtype: torch.dtype) -> Piece | None:
-    """By the kernel where there is one for this type; None where nothing here can do it. turned: numbers of a head that rotary positions turn."""
+def packed_attention(call: Call, dtype: torch.dtype, turned: int = 0, shifted: bool = False, memory: Fused | None = None) -> Piece | None:
+    """By the kernel where there is one for this type; None where nothing here can do it.
+
+    turned   numbers of a head that rotary positions turn
+    shifted  whether something is added for the distance of two tokens
+    memory   see KernelAttention
+    """
     if kernel("attention_forward", dtype) and turned in (0, call.width):
-        return KernelAttention(call, dtype)
-    return PackedAttention(call) if call.groups == call.heads and not turned else None
+        return KernelAttention(call, dtype, memory)
+    return PackedAttention(call) if call.groups == call.heads and not (turned or shifted or memory) else None
+
+
+def _ending(x: Tensor, spare: int) -> Tensor:
+    """x with zeros for tokens that nobody computes"""
+    if spare:
+        x[-spare:] = 0
+    return x
 
 
 def _sources(x: Tensor, width: int, tape: Tape) -> list[Tensor]:
     """All three parts, or queries of the tokens that leave the block and, of all, keys and values."""
-    return [x] if tape.tokens is None else [x[tape.tokens, :width], x[:, width:]]
+    return [x] if tape.given.tokens is None else [x[tape.given.tokens, :width], x[:, width:]]
 
 
 def _groups(tape: Tape) -> Iterator[tuple[int, int, list[tuple[slice, int]]]]:
     """Of rows of one length: how many, how long, and in each source the place of their tokens with the number of parts side by side."""
     row = 0
-    for first, rows, length in tape.packing.groups:
+    for first, rows, length in tape.given.packing.groups:
         keys = slice(first, first + rows * length)
-        yield rows, length, [(keys, 3)] if tape.tokens is None else [(slice(row, row + rows), 1), (keys, 2)]
+        yield rows, length, [(keys, 3)] if tape.given.tokens is None else [(slice(row, row + rows), 1), (keys, 2)]
         row += rows
 
 

@@ -19,6 +19,7 @@ class Packing:
     """Where the N real tokens of a padded batch (B, T) lie, the longest rows first.
 
     index   (N,): of each packed token, its place among the B * T padded ones; None where packed and padded are the same
+    order   (B,): of each packed row, which one of the batch it is; None where they are in the same order
     groups  (first token, number of rows, tokens of each) of the rows of one length
     spare   tokens behind the last row that belong to none: copies that nobody reads
     """
@@ -27,6 +28,7 @@ class Packing:
     index: Tensor | None
     groups: tuple[tuple[int, int, int], ...]
     spare: int = 0
+    order: Tensor | None = None
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing | None:
@@ -46,7 +48,7 @@ class Packing:
             groups.append((first, count, length))
             first += count * length
         behind = spare(first)
-        return cls((rows, width), torch.cat([index, index[:1].expand(behind)]), tuple(groups), behind)
+        return cls((rows, width), torch.cat([index, index[:1].expand(behind)]), tuple(groups), behind, order)
 
     @classmethod
     def whole(cls, rows: int, width: int) -> Packing:
@@ -67,22 +69,24 @@ class Packing:
     @functools.cached_property
     def all_queries(self) -> Tensor:
         """`queries` of all tokens: every block but the last asks for the same."""
-        first, length = self.rows.unbind(1)
-        return self._queries(first, length, first)
+        return _queries(self.rows, self.rows, self.rows[:, 0])
 
-    def queries(self, tokens: Tensor | None) -> Tensor:
+    def queries(self, tokens: Tensor) -> Tensor:
         """(B, 6): of each packed row the first of its keys, how many, the first of its queries, how many, where their answers go, and how many weights of one head come before its own.
 
-        tokens  one of each row, whose queries are the only ones; None: all
+        tokens  one of each row, whose queries are the only ones
         """
-        if tokens is None:
-            return self.all_queries
-        return self._queries(tokens, torch.ones_like(tokens), torch.arange(len(tokens)))
+        return _queries(self.rows, torch.stack([tokens, torch.ones_like(tokens)], 1), torch.arange(len(tokens)))
 
-    def _queries(self, query: Tensor, asked: Tensor, answer: Tensor) -> Tensor:
-        first, length = self.rows.unbind(1)
-        weights = asked * (length + LANES - 1).div(LANES, rounding_mode="floor") * LANES
-        return torch.stack([first, length, query, asked, answer, weights.cumsum(0) - weights], 1)
+    def crossing(self, keys: Packing, one: bool) -> Tensor:
+        """`queries` where keys are those of the same rows of another stack. one: only one token of each row is left, in the order of packed rows."""
+        rows, places = keys.rows, torch.arange(len(keys.rows))
+        if keys.order is not None:
+            rows = rows[keys.order.argsort()]
+        if self.order is not None:
+            rows = rows[self.order]
+        asked = torch.stack([places, torch.ones_like(places)], 1) if one else self.rows
+        return _queries(rows, asked, asked[:, 0])
 
     def ends(self, last: bool) -> Tensor:
         """(B,): of each packed row, where its first or last token is."""
@@ -105,6 +109,12 @@ class Packing:
         elif self.spare:
             index, x = index[: -self.spare], x[: -self.spare]  # type: ignore[index]
         return x.new_zeros(rows * width, x.shape[-1]).index_copy(0, index, x).view(rows, width, -1)  # type: ignore[arg-type]
+
+
+def _queries(keys: Tensor, asked: Tensor, answers: Tensor) -> Tensor:
+    """keys, asked: (B, 2), the first and how many; answers: (B,)"""
+    weights = asked[:, 1] * (keys[:, 1] + LANES - 1).div(LANES, rounding_mode="floor") * LANES
+    return torch.cat([keys, asked, answers[:, None], (weights.cumsum(0) - weights)[:, None]], 1)
 
 
 def spare(tokens: int) -> int:

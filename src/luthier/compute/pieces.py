@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from luthier.compute.dropout import multipliers
 from luthier.compute.kernels import kernel, memory
-from luthier.compute.tape import Piece, Tape, Tensors, Wants
+from luthier.compute.tape import Given, Piece, Tape, Tensors, Wants
 from luthier.methods.inserts import in_own_type
 
 _aten = torch.ops.aten
@@ -36,7 +36,7 @@ class Local(Piece):
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def tensors(self) -> Tensors:
+    def tensors(self, given: Given) -> Tensors:
         return tuple(self.module.parameters())
 
     def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
@@ -90,7 +90,7 @@ class LayerNorm(Piece):
     def __init__(self, module: nn.LayerNorm):
         self.module, self.eps = module, module.eps
 
-    def tensors(self) -> Tensors:
+    def tensors(self, given: Given) -> Tensors:
         return self.module.weight, self.module.bias
 
     def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from luthier import machine
 from luthier.compute import int8
 from luthier.compute.kernels import kernel
-from luthier.compute.tape import Piece, Tape, Tensors, Wants
+from luthier.compute.tape import Given, Piece, Tape, Tensors, Wants
 from luthier.methods.changes import Change, Changed, site_weight
 
 ROWS = 512  # for which a weight is laid out: the rows that it meets first would make a run depend on how it was cut
@@ -41,7 +41,7 @@ class Linear(Piece):
         onednn = _mkldnn is not None and (self.dtype == torch.bfloat16 or (self.dtype == torch.float32 and not learning and machine.onednn_is_faster()))
         self.laid_out: dict[str, Tensor] | None = {} if onednn and not self.changing else None
 
-    def tensors(self) -> Tensors:
+    def tensors(self, given: Given) -> Tensors:
         """Where they change from call to call, the weights (out, in) and then the biases (out) of all modules, in their own type; of each low-rank change its factors a (r, in) and b (some rows, r)."""
         if self.kept is None and not self.changing:
             with torch.inference_mode(False), torch.no_grad():

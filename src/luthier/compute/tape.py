@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +16,46 @@ Tensors = tuple[Tensor | None, ...]
 Wants = tuple[bool, ...]
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a block is given in one pass beside its input.
+
+    packing    of its tokens
+    tokens     which ones of the packed tokens leave the block; None: all
+    turns      cosines and sines (N, head's width) by which queries and keys are turned where positions are rotary
+    distances  (heads, 2 T - 1 + LANES): what is added to a score by how far the key is behind the query, from 1 - T on; then zeros
+    encoded    tokens of another stack (N', d), packed by `encoded_by`, that cross attention sees
+    """
+
+    packing: Packing
+    tokens: Tensor | None = None
+    turns: tuple[Tensor, Tensor] | None = None
+    distances: Tensor | None = None
+    encoded: Tensor | None = None
+    encoded_by: Packing | None = None
+
+    @functools.cached_property
+    def queries(self) -> Tensor:
+        """`queries` of attention to tokens of the same stack."""
+        return self.packing.all_queries if self.tokens is None else self.packing.queries(self.tokens)
+
+    @functools.cached_property
+    def crossing(self) -> Tensor:
+        """`queries` of attention to tokens of the other."""
+        assert self.encoded_by is not None
+        return self.packing.crossing(self.encoded_by, self.tokens is not None)
+
+
 class Piece(ABC):
     """One step of a block: y = forward(x), a function of x and of some tensors that may learn."""
 
-    def tensors(self) -> Tensors:
+    def tensors(self, given: Given) -> Tensors:
         """What may learn, or None for what is not there; their own histories are autograd's."""
         return ()
+
+    def parts(self) -> Sequence[Piece]:
+        """Itself and the pieces inside it."""
+        return (self,)
 
     @abstractmethod
     def forward(self, x: Any, tensors: Tensors, wants: Wants, tape: Tape) -> Any:
@@ -33,15 +69,13 @@ class Piece(ABC):
 class Tape:
     """One forward pass through a block on packed rows and, if anything in it or below it learns, its backward pass.
 
-    tokens  which ones of the packed tokens leave the block; None: all
-    turns   cosines and sines (N, head's width) by which queries and keys are turned where positions are rotary
-    flows   whether a gradient is wanted of what has been computed so far
+    flows  whether a gradient is wanted of what has been computed so far
     """
 
-    def __init__(self, pieces: Sequence[Piece], inputs: Sequence[Tensors], packing: Packing, tokens: Tensor | None, turns: tuple[Tensor, Tensor] | None, flows: bool, learns: bool):
+    def __init__(self, pieces: Sequence[Piece], inputs: Sequence[Tensors], given: Given, flows: bool, learns: bool):
         self.inputs: dict[Piece, Tensors] = dict(zip(pieces, inputs, strict=True))
         self.wants = {piece: tuple(learns and x is not None and x.requires_grad for x in own) for piece, own in self.inputs.items()}
-        self.packing, self.tokens, self.turns, self.flows = packing, tokens, turns, flows
+        self.given, self.flows = given, flows
         self.kept: list[Tensor | None] = []
         self.gradients: dict[Piece, Tensors] = {}
         self._left: list[tuple[bool, int]] = []  # of `_marks`, on the way back

@@ -35,8 +35,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 SIGNATURES = {
     "join_forward": "nnpppr" + "pprn" + "ppppp",
     "join_backward": "nnppp" + "ppppn" + "pr" + "pppp",
-    "attention_forward": "npnnnnrpp" + "ppr" + "pp",
-    "attention_backward": "nnpnnnnrpp" + "ppppr" + "p",
+    "attention_forward": "npnnnnrpp" + "np" + "pnpn" + "pr" + "pp",
+    "attention_backward": "npnnnnrpp" + "np" + "pnpn" + "pr" + "pp" + "ppp",
     "head_norms_forward": "nnnn" + "pppr" + "pp",
     "head_norms_backward": "nnnn" + "ppppp" + "ppp",
     "cross_entropy": "nnpppp",
@@ -65,6 +65,12 @@ def memory(x: Tensor | None) -> int | None:
         return None
     assert x.is_contiguous()
     return x.data_ptr()
+
+
+def strided(x: Tensor) -> tuple[int, int]:
+    """Where the numbers of x (N, d) start, and how many lie between the starts of two of its rows."""
+    assert x.dim() == 2 and x.stride(1) == 1
+    return x.data_ptr(), x.stride(0)
 
 
 def library() -> ctypes.CDLL | None:

@@ -40,7 +40,8 @@ def attention(kernels: ctypes.CDLL) -> bool:
     halves = (ctypes.c_uint16 * (TOKENS * columns + 16))(*(_upper_half(math.sin(i)) for i in range(TOKENS * columns)))
     x, y, y_halves = (ctypes.c_float * len(halves))(*map(_of_upper_half, halves)), Floats(), (ctypes.c_uint16 * 16)()
     for run, start, out in ((kernels.attention_forward_float32, x, y), (kernels.attention_forward_bfloat16, halves, y_halves)):
-        run(number(1), row, number(1), number(1), number(WIDTH), number(0), real(0.5), None, None, start, None, real(0), out, None)
+        keys = ctypes.byref(start, WIDTH * ctypes.sizeof(start._type_))
+        run(number(1), row, number(1), number(1), number(WIDTH), number(0), real(0.5), None, None, number(0), None, start, number(columns), keys, number(columns), None, real(0), out, None)
     at = [[list(x[t * columns + part * WIDTH : t * columns + (part + 1) * WIDTH]) for t in range(TOKENS)] for part in range(3)]
     expected = []
     for query in at[0]:
