@@ -162,6 +162,18 @@ def test_the_norm_is_that_of_all_gradients() -> None:
 
 
 @pytest.mark.skipif(adamw.kernel("adamw", torch.float32) is None, reason="no kernels on this machine")
+def test_of_many_parameters_too() -> None:
+    """More than a small array holds."""
+    own = [nn.Parameter(torch.full((3,), 1.0)) for _ in range(3000)]
+    for number, p in enumerate(own):
+        p.grad = torch.full((3,), float(number % 7))
+    optimizer = AdamW(own, lr=LR)
+    expected = math.sqrt(sum(3 * (number % 7) ** 2 for number in range(3000)))
+    assert all(math.isclose(optimizer.norm(), expected, rel_tol=1e-6) for _ in range(20))
+    optimizer.step()
+    assert len({float(p[0]) for p in own}) <= 7
+
+
 def test_a_step_is_seen_by_autograd() -> None:
     """A backward pass through numbers that have changed since is an error."""
     weight = nn.Parameter(torch.ones(4, 4))

@@ -34,8 +34,9 @@ class AdamW(torch.optim.AdamW):
         learning = self._learning()
         if run := _kernel("squares", learning):
             values = [_values(p.grad) for p in learning]
-            sizes, total = np.array([x.numel() for x in values], dtype=np.int64), np.zeros(1)
-            run(len(values), *(x.ctypes.data for x in (sizes, _pointers(values), _narrow(values), total)))
+            total = np.zeros(1)
+            arrays = [np.array([x.numel() for x in values], dtype=np.int64), _pointers(values), _narrow(values), total]  # which have to outlive the call
+            run(len(values), *(x.ctypes.data for x in arrays))
             return math.sqrt(total.item())
         self._as_torch_takes_them(learning)
         return float(nn.utils.get_total_norm([p.grad for p in learning]))

@@ -123,7 +123,7 @@ class KernelAttention(Piece):
         x, normaliser, drops, rows = kept
         assert x is not None and rows is not None and self._backward
         given, (others, distances) = tape.given, tensors
-        alone = given.tokens is not None
+        alone, d = given.tokens is not None, d.to(x.dtype).contiguous()
         d_x = _ending(torch.empty_like(x), 0 if alone and others is not None else given.packing.spare)
         d_others = None if others is None else _ending(torch.empty_like(others), given.encoded_by.spare)  # type: ignore[union-attr]
         d_queries, d_keys = self._sides(d_x, d_others)
@@ -131,7 +131,7 @@ class KernelAttention(Piece):
             d_queries.zero_()
         d_distances = distances.new_zeros(len(rows), *distances.shape) if distances is not None and wants[2] else None  # of each row, as rows go by in several threads
         self._backward(
-            len(rows), memory(rows), *self._layout(x, tensors, given), memory(drops), self.call.dropout, memory(d.to(x.dtype).contiguous()), memory(normaliser),
+            len(rows), memory(rows), *self._layout(x, tensors, given), memory(drops), self.call.dropout, memory(d), memory(normaliser),
             d_queries.data_ptr(), d_keys.data_ptr(), memory(d_distances),
         )  # fmt: skip
         return (d_x if wants[0] else None), (d_others, None if d_distances is None else d_distances.sum(0))
