@@ -86,6 +86,15 @@ def pairs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"data": str(data), "model": encoder()}, {"forward_gflop": _forward(texts, encoder(), 256)[0]}
 
 
+def gpu(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Models and rows are made where they are used."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that torch can use")
+    return {}, {"gpu": torch.cuda.get_device_name()}
+
+
 def nothing(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {}, {}
 

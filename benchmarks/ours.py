@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from given import CLASSES, RATES, Clock, Enough, memory_mb, passes, pictures
+from given import CLASSES, RATES, Clock, Enough, memory_mb, padded, passes, pictures, random_model, random_rows
 
 import luthier  # before torch, whose cap it sets
 
@@ -138,21 +138,34 @@ def apply_to_random_bert(method: str, width: int, length: int, batch: int, steps
     return {**_loop(net, [rows], 1e-4, steps), "before_mb": before, "trainable": sum(p.numel() for p in net.parameters() if p.requires_grad)}
 
 
-def _loop(net: Any, batches: Iterable[dict[str, Any]], rate: float, steps: int) -> dict[str, Any]:
+def apply_to_random_net(net: str, method: str, batch: int, steps: int, seed: int, device: str) -> dict[str, Any]:
+    """A loop of one's own over batches of like length, as luthier makes them."""
+    import torch
+
+    from luthier.training.batching import epoch_batches
+
+    model, rows = random_model(net, device), random_rows(net, steps * batch)
+    chosen = epoch_batches([len(row["input_ids"]) for row in rows], batch, seed, 0)
+    batches = [{name: x.to(device) for name, x in padded([rows[i] for i in some]).items()} for some in chosen]
+    found = _loop(luthier.apply(model, method, seed=seed), batches, RATES[method], steps, device)
+    return {**found, "tokens": [sum(len(rows[i]["input_ids"]) for i in some) for some in chosen], **({"peak_mb": torch.cuda.max_memory_allocated() / 2**20} if device == "cuda" else {})}
+
+
+def _loop(net: Any, batches: Iterable[dict[str, Any]], rate: float, steps: int, device: str = "cpu") -> dict[str, Any]:
     """Over and over the batches by luthier's routes, with torch's optimiser and clipping, as a loop of one's own has them and Trainer too."""
     import torch
 
     from luthier import compute, machine
 
-    precision = machine.choose_precision("auto", "cpu")[0]
+    precision = machine.choose_precision("auto", device)[0]
     learning = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=rate, fused=True)
     clock = Clock(steps)
     net.train()
-    with contextlib.suppress(Enough), compute.prepared(net, "cpu", precision):
+    with contextlib.suppress(Enough), compute.prepared(net, device, precision):
         while True:
             for batch in batches:
-                with compute.autocast("cpu", precision):
+                with compute.autocast(device, precision):
                     loss = net(**batch).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(learning, 1.0)

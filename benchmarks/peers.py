@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from given import CLASSES, RATES, Clock, Enough, passes, pictures
+from given import CLASSES, RATES, Clock, Enough, padded, passes, pictures, random_model, random_rows
 
 OPEN = {"head": ("pooler", "classifier"), "freeze(bottom=5)": ("encoder.layer.5", "pooler", "classifier")}  # what learns in them, by name
 
@@ -46,6 +46,25 @@ def trainer_on_pictures(method: str, model: str, batch: int, side: int, steps: i
     return _train(net, pictures(side), default_data_collator, steps, precision, per_device_train_batch_size=batch, learning_rate=RATES[method], seed=seed)[1]
 
 
+def trainer_on_random_net(net: str, method: str, batch: int, steps: int, seed: int, device: str, precision: str, batches: str) -> dict[str, Any]:
+    import torch
+    from transformers import DataCollatorWithFlattening, set_seed
+
+    if batches == "flattened" and "llama" not in net:
+        raise SystemExit("transformers flattens rows of decoders alone")
+    set_seed(seed)
+    model, collate, tokens = random_model(net, device), DataCollatorWithFlattening() if batches == "flattened" else padded, list[int]()
+    if method == "lora":
+        model = _lora(model, *((["query", "value"],) if "bert" in net else (["q_proj", "v_proj"],)), task_type="SEQ_CLS" if "bert" in net else "CAUSAL_LM")
+
+    def counted(features: list[dict[str, Any]]) -> Any:
+        tokens.append(sum(len(row["input_ids"]) for row in features))
+        return collate(features)
+
+    found = _train(model, random_rows(net, steps * batch), counted, steps, precision, device, per_device_train_batch_size=batch, learning_rate=RATES[method], seed=seed, train_sampling_strategy="group_by_length" if batches == "grouped" else "random")[1]
+    return {**found, "tokens": tokens[:steps], **({"peak_mb": torch.cuda.max_memory_allocated() / 2**20} if device == "cuda" else {})}
+
+
 def _lora(net: Any, places: list[str], **more: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -76,7 +95,7 @@ def _read(data: str) -> Any:
     return load_dataset("json", data_files={part: f"{data}/{part}.jsonl.gz" for part in ("train", "validation")})
 
 
-def _train(net: Any, rows: Any, collate: Callable[[list[Any]], Any], steps: int | None, precision: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
+def _train(net: Any, rows: Any, collate: Callable[[list[Any]], Any], steps: int | None, precision: str, device: str = "cpu", **settings: Any) -> tuple[Any, dict[str, Any]]:
     """The Trainer after training, and what was seen of it."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -89,7 +108,7 @@ def _train(net: Any, rows: Any, collate: Callable[[list[Any]], Any], steps: int 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, per_device_eval_batch_size=64, max_steps=steps or -1, warmup_steps=0.1, weight_decay=0.01, bf16=precision == "bf16",
-            use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, **settings,
+            use_cpu=device == "cpu", save_strategy="no", report_to=[], disable_tqdm=True, **settings,
         )  # fmt: skip
         fitted = Trainer(net, arguments, train_dataset=rows, data_collator=collate, callbacks=[Watch()])
         with contextlib.suppress(Enough):

@@ -104,6 +104,14 @@ def _busy(own: Entries, found: Entries) -> list[str]:
     return ["### Beside a busy process", "", text, "", *busy(own)]
 
 
+def _gpu(own: Entries, found: Entries) -> list[str]:
+    text = f"Random models on rows of 102 to 512 random tokens, {_settings('gpu')}, on one {own[0]['gpu']}. luthier's side is `luthier.apply` and `luthier.compute` in a loop of one's own; memory is what torch had allocated on the GPU at most."
+    lines = ["### On a GPU", "", text, ""]
+    for net, method in dict.fromkeys((entry["net"], entry["method"]) for entry in own):
+        lines += [f"{net}, `{method}`:", "", *compared(of(own, net=net, method=method), TOKENS)]
+    return lines
+
+
 def _growth(own: Entries, found: Entries) -> list[str]:
     text = (
         "One step of luthier on random encoders of four blocks, one thing varied at a time from `lora`, 128 tokens a row, 8 rows a batch and width 384. An exponent is the slope of the logarithms: 1 is growth in proportion, 0 is none. "
@@ -125,15 +133,14 @@ def _settings(what: str) -> str:
     return f"{(benchmark.given or {})['batch']} rows a batch, {benchmark.steps} steps after {benchmark.warm_up}"
 
 
-SECTIONS: dict[str, Callable[[Entries, Entries], list[str]]] = {"speed": _speed, "long": _long, "decoder": _decoder, "two_stacks": _two_stacks, "vision": _vision, "profile": _profile, "frozen": _frozen, "encode": _encode, "start": _start, "busy": _busy, "growth": _growth}
+SECTIONS: dict[str, Callable[[Entries, Entries], list[str]]] = {"speed": _speed, "long": _long, "decoder": _decoder, "two_stacks": _two_stacks, "vision": _vision, "profile": _profile, "frozen": _frozen, "encode": _encode, "start": _start, "busy": _busy, "gpu": _gpu, "growth": _growth}
 PICTURES = (("speed", figures.speeds, "", "examples per second"), ("growth", figures.growth, "_growth", "seconds and memory of a step against length, batch, width and what learns"))
-NOT_YET = {"long": "long rows", "decoder": "decoders", "two_stacks": "encoders with a decoder", "vision": "pictures"}
+NOT_YET = {"long": "long rows", "decoder": "decoders", "two_stacks": "encoders with a decoder", "vision": "pictures", "gpu": "GPUs"}
 TO_THE_LAST_STEP = {"speed": "short rows", "long": "long rows", "decoder": "a decoder", "two_stacks": "an encoder with a decoder", "vision": "pictures", "start": "the first step", "growth": "the growth of a step"}
 
 
 def _notes(entries: Entries) -> list[str]:
-    missing = [*(name for what, name in NOT_YET.items() if not of(entries, what=what)), "GPUs"]
-    unmeasured = _listed(missing)
+    unmeasured = _listed([name for what, name in NOT_YET.items() if not of(entries, what=what)])
     ends = [name for what, name in TO_THE_LAST_STEP.items() if of(entries, what=what)]
     ended = f" For {_listed(ends)} the process ends with its last step." if ends else ""
     ahead = " Of a decoder it counts all scores of attention, of which half look ahead." if of(entries, what="decoder") else ""

@@ -11,6 +11,7 @@
     encode    2,000 sentences into vectors, against sentence-transformers
     start     from the start of the process to the end of the first step
     busy      LoRA alone, and beside a process that keeps the same cores busy
+    gpu       LoRA and full training of a random BERT base and a random Llama of 1.2 billion parameters, on the first GPU
     growth    luthier's step against length, batch, width and what learns
     report    write docs/benchmarks.md and its pictures from what is there
 

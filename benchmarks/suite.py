@@ -106,5 +106,15 @@ SUITE = {
     ),
     "start": Benchmark(AGAINST_BEST, [{"method": "lora"}], inputs.sentences, _start, steps=1, given=SHORT, rounds=5, primed=True),
     "busy": Benchmark(AGAINST_BEST, [{"method": "lora", "beside": beside} for beside in BESIDE], inputs.sentences, _rates, steps=40, warm_up=10, given=SHORT),
+    "gpu": Benchmark(
+        {"luthier": {"arm": "apply_to_random_net"}, **{name: arm for name, arm in _trainers("trainer_on_random_net", "random", "grouped", "flattened").items() if "bf16" in name}},
+        [{"net": net, "method": method} for net in ("bert-base", "llama-1b") for method in ("lora", "full")],
+        inputs.gpu,
+        _rates,
+        steps=20,
+        warm_up=10,
+        given={"batch": 32, "device": "cuda"},
+        rounds=1,
+    ),
     "growth": Benchmark({"luthier": {"arm": "apply_to_random_bert"}}, [{"axis": axis, **GROWN_FROM, axis: value} for axis, values in AXES.items() for value in values], inputs.nothing, _step, steps=10, warm_up=3),
 }

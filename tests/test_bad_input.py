@@ -119,6 +119,7 @@ SCORED = [{**row, "score": i / 60} for i, row in enumerate(PAIRS)]
 BAD_PAIRS = {
     "a batch of one": (PAIRS, ("--batch-size", "1"), "--batch-size 2 or more"),
     "a batch in pieces": (PAIRS, ("--micro-batch-size", "4"), "cannot be split"),
+    "a batch in pieces of tokens": (PAIRS, ("--micro-batch-tokens", "400"), "cannot be split"),
     "a metric of other rows": (SCORED, ("--metric", "mrr"), "measures spearman on these rows"),
 }
 
@@ -288,7 +289,7 @@ def test_too_little_memory_is_met_before_the_start(model: Path, tmp_path: Path, 
 
     monkeypatch.setattr(machine, "memory", lambda: machine.Memory(10_000, 1_000))
     status, said = luthier(capsys, "adapt", "--model", model, "--data", jsonl(ROWS)(tmp_path), "--out", tmp_path / "run")
-    assert status == 2 and "--micro-batch-size 8" in said and not list(tmp_path.glob("run*"))
+    assert status == 2 and "--micro-batch-tokens " in said and "--gradient-checkpointing" in said and not list(tmp_path.glob("run*"))
 
 
 def test_a_disk_that_fills_up_on_the_way(model: Path, tmp_path: Path) -> None:

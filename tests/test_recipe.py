@@ -28,6 +28,8 @@ EVERYTHING: dict[str, Any] = {
     "max_steps": 7,
     "batch_size": 16,
     "micro_batch_size": 4,
+    "micro_batch_tokens": 500,
+    "gradient_checkpointing": True,
     "lr": 1e-3,
     "warmup": 0.2,
     "schedule": "cosine",
@@ -47,7 +49,7 @@ EVERYTHING: dict[str, Any] = {
     "tensorboard": True,
 }
 FLAGS = """--model ./m --data rows.csv --task text-classification --columns label=team --text body --where lang=swa,year=2020 --encoding cp1252
---group author --train-rows 100 --method 'reinit(top=1) | lora(rank=4)' --epochs 2.5 --max-steps 7 --batch-size 16 --micro-batch-size 4 --lr 1e-3 --warmup 0.2
+--group author --train-rows 100 --method 'reinit(top=1) | lora(rank=4)' --epochs 2.5 --max-steps 7 --batch-size 16 --micro-batch-size 4 --micro-batch-tokens 500 --gradient-checkpointing --lr 1e-3 --warmup 0.2
 --schedule cosine --weight-decay 0.1 --clip 0.5 --no-dropout --no-reuse --max-length 64 --set class_weights=balanced --evaluate-every 0.5 --patience 3 --metric macro_f1
 --save adapter --precision fp32 --no-baselines --seed 5 --tensorboard"""
 

@@ -54,6 +54,8 @@ def _adapt() -> None:
         max_steps: Annotated[int | None, typer.Option(help="stop after so many steps")] = None,
         batch_size: Annotated[int | None, typer.Option(help="rows of one optimiser step; 32")] = None,
         micro_batch_size: Annotated[int | None, typer.Option(help="rows that go through the model at once; the result stays the same")] = None,
+        micro_batch_tokens: Annotated[int | None, typer.Option(help="tokens that go through the model at once, padding included; the result stays the same")] = None,
+        gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="keep less for the way back and compute it again; the result stays the same")] = None,
         lr: Annotated[float | None, typer.Option(help="peak learning rate; from method and model size")] = None,
         warmup: Annotated[float | None, typer.Option(help="share of the steps in which the rate rises; 0.1")] = None,
         schedule: Annotated[str | None, typer.Option(help="linear, cosine, constant")] = None,

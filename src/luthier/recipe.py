@@ -30,6 +30,8 @@ class Recipe(BaseModel):
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps, whatever the passes")
     batch_size: int = Field(32, ge=1, description="rows of one optimiser step")
     micro_batch_size: int | None = Field(None, ge=1, description="rows that go through the model at once; the result stays the same")
+    micro_batch_tokens: int | None = Field(None, ge=1, description="tokens that go through the model at once, padding included; the result stays the same")
+    gradient_checkpointing: bool = Field(False, description="keep less for the way back and compute it again; the result stays the same")
     lr: float | None = Field(None, gt=0, description="peak learning rate; from the method and the size of the model")
     warmup: float | None = Field(None, ge=0, lt=1, description="share of the steps in which the rate rises; 0.1")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="how the rate falls afterwards: linear, cosine, constant")

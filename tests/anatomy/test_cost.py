@@ -145,3 +145,9 @@ def test_training_costs_its_gradients_and_moments() -> None:
     nothing = anatomy.memory(Workload(2, 8), trainable=0)
     assert anatomy.memory(Workload(2, 8), trainable=1000) - nothing == 12_000
     assert anatomy.memory(Workload(4, 8), trainable=0) - nothing == nothing - 4 * anatomy.parameters
+
+
+def test_gradient_checkpointing_costs_one_block_and_the_inputs_of_all() -> None:
+    anatomy = Anatomy.of(tiny_config("bert"))
+    whole, again, one = (anatomy.memory(Workload(2, 8), 0, reached, recompute) - 4 * anatomy.parameters for reached, recompute in ((None, False), (None, True), (1, False)))
+    assert again == one + 4 * 2 * 8 * 3 * anatomy.width < whole == 3 * one

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, Qwen3Config
 
 from luthier import Anatomy, compute
-from luthier.compute import fusing, kernels, pieces
+from luthier.compute import fusing, kernels, pieces, varlen
 from luthier.compute.fusing import Fusing
 from luthier.contract.tiny import CONFIGS, tiny_inputs, tiny_model
 from luthier.methods.engine import install
@@ -181,14 +181,39 @@ def test_blocks_of_which_only_some_learn(architecture: str, stack: str) -> None:
         torch.testing.assert_close(gradients(model, inputs), expected)
 
 
-@pytest.mark.parametrize("stack", ["he_parallel", "lora(dropout=0.5)"])
-def test_blocks_with_something_else_in_them_stay_as_they_are(stack: str, fused: list[Fusing]) -> None:
-    model = moved(install(tiny_model("bert").double(), parse(stack)).model)
-    expected = gradients(model, inputs_for("bert"))
+@pytest.mark.parametrize("by", ["our kernel", "one length at a time", "jagged rows"])
+@pytest.mark.parametrize("architecture,stack", [("bert", "he_parallel"), ("bert", "lora(dropout=0.5)"), ("distilbert", "he_parallel|lora"), ("gpt2", "he_parallel"), ("llama", "lora(dropout=0.5)")])
+def test_blocks_with_something_else_in_them_run_by_themselves_on_packed_rows(architecture: str, stack: str, by: str, fused: list[Fusing], monkeypatch: pytest.MonkeyPatch) -> None:
+    if by == "our kernel" and not kernels.library():
+        pytest.skip("no kernels on this machine")
+    if by == "jagged rows":
+        if architecture in ("gpt2", "llama"):
+            pytest.skip("torch has causal attention over jagged rows on GPUs alone")
+        monkeypatch.setattr(varlen, "_by_length", varlen._jagged)
+    model = moved(install(tiny_model(architecture).double(), parse(stack)).model)
+    inputs, shapes = inputs_for(architecture, batch=5, length=8), set()
+    expected = gradients(model, inputs)
+    model = model.float() if by == "our kernel" else model
+    of_model = {block.module for block in Anatomy.of(model).blocks}
     with compute.prepared(model, "cpu", "fp32"):
-        found = gradients(model, inputs_for("bert"))
-    assert not fused[0].found.fused
-    torch.testing.assert_close(found, expected)
+        model(**inputs)
+        with Anatomy.of(model).blocks[0].sites["mlp.down"].module.register_forward_hook(lambda _, __, y: shapes.add(tuple(y.shape[:-1]))):
+            found = gradients(model, inputs)
+    assert not fused[0].found.fused and fused[0].found.packed == of_model
+    assert shapes == {(1, 32)}, "30 tokens and two spare ones instead of 40"
+    largest = max(float(x.abs().max()) for x in expected[1].values())
+    torch.testing.assert_close(found, expected, **({"rtol": 1e-4, "atol": 1e-5 * largest, "check_dtype": False} if by == "our kernel" else {}))
+
+
+def test_a_block_in_which_tokens_meet_elsewhere_keeps_its_padding(fused: list[Fusing]) -> None:
+    """Its attention is that of packed rows, but something else in it looks at the whole row."""
+    model, inputs = install(tiny_model("bert").double(), parse("he_parallel")).model, inputs_for("bert")
+    for layer in model.encoder.layer:
+        layer.output.dropout.forward = lambda x: x + x.mean(1, keepdim=True)
+    expected = gradients(model, inputs)
+    with compute.prepared(model, "cpu", "fp32"):
+        torch.testing.assert_close(gradients(model, inputs), expected)
+    assert not fused[0].found.fused and not fused[0].found.packed
 
 
 def test_an_insert_draws_the_same_on_the_way_back(fused: list[Fusing]) -> None:
@@ -357,3 +382,31 @@ def test_rows_of_one_token_do_not_tell_which_token_matters(fused: list[Fusing]) 
             full = {name: x[:1, :6] for name, x in inputs.items()}
             torch.testing.assert_close(model(**full).logits, expected[:1])
     assert fused[0].found.fused and fused[0].found.leaves is None
+
+
+@pytest.mark.parametrize("stack", ["full", "lora(dropout=0.1)", "he_parallel"])
+@pytest.mark.parametrize("architecture", ["bert", "albert", "llama", "t5", "dinov2"])
+def test_recomputed_blocks_have_the_same_gradients_and_keep_less(architecture: str, stack: str) -> None:
+    """To the bit, with dropout, fused or not."""
+    model = moved(install(tiny_model(architecture), parse(stack)).model).train()
+    inputs = tiny_inputs(architecture, batch=5, length=9)
+    kept: list[int] = []
+
+    def learnt(recompute: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with compute.prepared(model, "cpu", "fp32", recompute=recompute):
+            with torch.no_grad():
+                model(**inputs)
+            model.zero_grad()
+            torch.manual_seed(0)
+            held = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+                out = model(**inputs).last_hidden_state
+            kept.append(sum(held))
+            (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, found = learnt(False), learnt(True)
+    assert torch.equal(found[0], expected[0]) and set(found[1]) == set(expected[1])
+    for name, gradient in expected[1].items():
+        assert torch.equal(found[1][name], gradient), name
+    assert kept[1] < kept[0]

@@ -26,7 +26,7 @@ from luthier.tasks.text_classification import TextClassification
 from luthier.tasks.text_generation import TextGeneration
 from luthier.tasks.token_classification import TokenClassification
 from luthier.training import checkpoints
-from luthier.training.batching import epoch_batches, micro_batches, steps_per_epoch
+from luthier.training.batching import epoch_batches, micro_batches, rows_at_once, steps_per_epoch
 from luthier.training.schedule import factor
 from luthier.training.trainer import Trainer, TrainingInterrupted, TrainingSettings
 from luthier.verbs.console import Console
@@ -93,11 +93,11 @@ def test_the_loop_is_a_plain_adamw_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", TASKS)
-@pytest.mark.parametrize("micro", [1, 3, 7])
-def test_a_split_batch_is_the_batch(kind: type[Task], micro: int, tmp_path: Path) -> None:
-    """8 x 1, 3 + 3 + 2 and 7 + 1 give what 1 x 8 gives, where rows have unequal numbers of supervised units."""
+@pytest.mark.parametrize("micro", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_size": 7}, {"micro_batch_tokens": 40}], ids=str)
+def test_a_split_batch_is_the_batch(kind: type[Task], micro: dict[str, int], tmp_path: Path) -> None:
+    """8 x 1, 3 + 3 + 2, 7 + 1 and pieces of up to 40 tokens give what 1 x 8 gives, where rows have unequal numbers of supervised units."""
     whole, result = train(tmp_path / "a", SETTINGS, kind)
-    split, again = train(tmp_path / "b", replace(SETTINGS, micro_batch_size=micro), kind)
+    split, again = train(tmp_path / "b", replace(SETTINGS, **micro), kind)  # type: ignore[arg-type]
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], rtol=0, atol=1e-6)
     for one, other in zip(result.history, again.history, strict=True):
@@ -124,7 +124,15 @@ def test_batches_hold_every_row_once_and_repeat_themselves() -> None:
     assert batches == epoch_batches(lengths, 16, 3, 1) != epoch_batches(lengths, 16, 3, 2)
     wasted = sum(max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch) for batch in batches)
     assert wasted < 0.15 * sum(lengths)
-    assert micro_batches([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+
+
+def test_pieces_of_a_batch_hold_so_many_rows_and_padded_tokens() -> None:
+    lengths = [9, 3, 4, 5, 9, 30, 2]
+    assert micro_batches([1, 2, 3, 4, 5], lengths, 2) == [[1, 2], [3, 4], [5]]
+    assert micro_batches([1, 2, 3, 4, 5, 6], lengths, 8, 12) == [[1, 2], [3], [4], [5], [6]], "a row that is longer goes alone"
+    assert micro_batches([1, 2, 3, 6], lengths, 8, 15) == [[1, 2, 3], [6]]
+    assert micro_batches([6, 1, 2, 3], lengths, 2, 1000) == [[6, 1], [2, 3]]
+    assert rows_at_once(10, 8, 25) == 2 and rows_at_once(10, 8) == 8 and rows_at_once(100, 8, 25) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 18, 33, 16 * 32 + 1])
@@ -215,6 +223,21 @@ def test_resuming_anywhere_is_exact(settings: TrainingSettings, tmp_path: Path) 
     assert [h["loss"] for h in result.history] == [h["loss"] for h in again.history]
 
 
+def test_a_run_that_needed_too_much_goes_on_with_gradient_checkpointing(tmp_path: Path) -> None:
+    """To the bit, with dropout on."""
+    settings = replace(SETTINGS, max_steps=8, checkpoint_every=0.0)
+    whole, _ = train(tmp_path / "whole", settings, dtype=torch.float32, dropout=True)
+    model, task, rows, features = setup(dropout=True)
+    (tmp_path / "broken").mkdir()
+    trainer = Trainer(model, task, features, None, TOKENIZER, settings, tmp_path / "broken", rows=rows)
+    step = trainer._step
+    trainer._step = lambda batch, number: step(batch, number) if number < 4 else (_ for _ in ()).throw(MemoryError)  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        trainer.fit()
+    resumed, _ = train(tmp_path / "broken", replace(settings, gradient_checkpointing=True), dtype=torch.float32, dropout=True, resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_checkpoints_do_not_change_the_numbers(tmp_path: Path) -> None:
     often, _ = train(tmp_path / "a", replace(SETTINGS, checkpoint_every=0.0), dtype=torch.float32, dropout=True, validation=True)
     seldom, _ = train(tmp_path / "b", replace(SETTINGS, checkpoint_every=1e9, evaluate_every=1e9), dtype=torch.float32, dropout=True, validation=True)
@@ -278,7 +301,7 @@ def test_a_lack_of_memory_is_met_before_the_first_step(tmp_path: Path) -> None:
     task_loss = type(task).loss
     try:
         type(task).loss = lambda self, model, batch: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory"))  # type: ignore[method-assign]
-        with pytest.raises(UserError, match="--micro-batch-size 2"):
+        with pytest.raises(UserError, match=r"--micro-batch-tokens \d+ .*--gradient-checkpointing"):
             trainer.fit()
     finally:
         type(task).loss = task_loss  # type: ignore[method-assign]

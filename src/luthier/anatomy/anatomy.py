@@ -225,9 +225,9 @@ class Anatomy:
         """Multiply-accumulates of one forward pass's matrix products."""
         return cost.macs(self, workload)
 
-    def memory(self, workload: Workload, trainable: int, reached: int | None = None) -> int:
+    def memory(self, workload: Workload, trainable: int, reached: int | None = None, recompute: bool = False) -> int:
         """Bytes that one training step needs at its peak; the formula is in `cost.memory`."""
-        return cost.memory(self, workload, trainable, reached)
+        return cost.memory(self, workload, trainable, reached, recompute)
 
     def _blocks(self) -> list[Block]:
         blocks: list[Block] = []

@@ -38,7 +38,7 @@ def macs(anatomy: Anatomy, workload: Workload) -> int:
     return workload.batch * total
 
 
-def memory(anatomy: Anatomy, workload: Workload, trainable: int, reached: int | None = None) -> int:
+def memory(anatomy: Anatomy, workload: Workload, trainable: int, reached: int | None = None, recompute: bool = False) -> int:
     """Bytes of one training step in float32 whose gradients go through the last `reached` blocks, or all of them:
 
         4 P + 12 T + 4 B (what the blocks keep + 3 x logits)
@@ -48,12 +48,15 @@ def memory(anatomy: Anatomy, workload: Workload, trainable: int, reached: int | 
     input of every learnt scale, a dropout mask a sublayer, and of the feed-forward's inner width 2 vectors (4 if gated; 3 more where
     the activation is spelled out). Each head keeps its matrix of tokens x tokens unless attention is fused, and three where probabilities
     are dropped out, which is never fused on a CPU. Logits are held with the logarithm of their softmax and their gradient.
+    With `recompute` (gradient checkpointing) a block keeps its input alone, and one block at a time all of this.
     """
     length, targets = _lengths(anatomy, workload)
-    kept = 0
+    of_blocks, inputs = [0], 0
     for block in anatomy.blocks[len(anatomy.blocks) - (len(anatomy.blocks) if reached is None else reached) :]:
         own, other = _seen(block, length, targets)
-        kept += own * _vectors(anatomy, block) + _attention_matrices(anatomy, block, own, other)
+        of_blocks.append(own * _vectors(anatomy, block) + _attention_matrices(anatomy, block, own, other))
+        inputs += own * anatomy.width
+    kept = inputs + max(of_blocks) if recompute else sum(of_blocks)
     head = {module for site in anatomy.head for _, module in native(site.module)}
     kept += sum(3 * _outputs(module) * _positions(anatomy, "head", length, targets) for module in head)
     return 4 * anatomy.parameters + 12 * trainable + 4 * workload.batch * kept

@@ -1,8 +1,8 @@
 """How a model is run, whatever runs it: the same answers, by the route that this machine is fast at.
 
-On the processor, blocks that can be read off by their roles run on packed rows with a few fused steps, and of all others
-attention, dropout and frozen linear layers take other routes than stock torch's. This holds inside of `prepared`; outside of it
-the model is as it was.
+Blocks run on packed rows, which hold no padding: on the processor those that can be read off by their roles with a few fused
+steps, the others through their own modules. There, too, attention, dropout and frozen linear layers take other routes than stock
+torch's. This holds inside of `prepared`; outside of it the model is as it was.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ _inside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True, remember: bool = False, sparse: bool = False, narrow: bool = False) -> Iterator[None]:
-    """Inside, `model` takes the fast routes of `device` in `precision` (fp32, bf16, or int8 where nothing learns), which each forward pass says by `autocast`.
+def prepared(model: nn.Module, device: str | torch.device, precision: str, leave: Collection[nn.Module] = (), learning: bool = True, remember: bool = False, sparse: bool = False, narrow: bool = False, recompute: bool = False) -> Iterator[None]:
+    """Inside, `model` (a transformers model, and on `device`) takes the fast routes there in `precision` (fp32, bf16, or int8 where nothing learns), which each forward pass says by `autocast`.
 
     leave     blocks that somebody else runs
     learning  whether what is open for training changes meanwhile; all else must stay as it is
     remember  of a model that does not learn, keep what was found out about it for the next time, with copies of its weights
     sparse    whether gradients of large tables of embeddings may be sparse tensors of the rows that were looked up
     narrow    whether those of linear layers may be in bf16, which is what they are computed in: for optimisers that take them, and steps of one backward pass
+    recompute  whether blocks keep nothing for their gradients but what they read, and run once more instead (gradient checkpointing)
     May be nested: the outermost counts. Raises UserError for int8 where something learns, and anywhere but on the processor.
     """
     if precision == "int8" and (learning or torch.device(device).type != "cpu"):
         raise UserError("int8 is for predicting and embedding on the processor; use fp32 or bf16 here.")
     with contextlib.ExitStack() as undo:
-        if torch.device(device).type == "cpu" and model not in _inside:
-            _enter(model, precision, leave, learning, remember, sparse, narrow, undo)
+        if torch.device(device).type in ("cpu", "cuda") and model not in _inside:
+            _enter(model, torch.device(device), precision, leave, learning, remember, sparse, narrow, recompute, undo)
         yield
 
 
@@ -74,8 +75,10 @@ def running(model: nn.Module, device: str | torch.device, precision: str, rememb
         yield
 
 
-def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learning: bool, remember: bool, sparse: bool, narrow: bool, undo: contextlib.ExitStack) -> None:
-    keep_memory()
+def _enter(model: nn.Module, device: torch.device, precision: str, leave: Collection[nn.Module], learning: bool, remember: bool, sparse: bool, narrow: bool, recompute: bool, undo: contextlib.ExitStack) -> None:
+    on_processor = device.type == "cpu"
+    if on_processor:
+        keep_memory()
     _inside.add(model)
     undo.callback(_inside.discard, model)
     gc.freeze()  # what is there now stays; looking through it again and again took 3 % of a small model's training step
@@ -84,12 +87,13 @@ def _enter(model: nn.Module, precision: str, leave: Collection[nn.Module], learn
         if config._attn_implementation == "sdpa":
             config._attn_implementation = {"": attention.NAME}  # type: ignore[assignment]  # of itself alone, and not of the configs inside it
             undo.callback(setattr, config, "_attn_implementation", {"": "sdpa"})
-    tables = [m for m in model.modules() if type(m) is nn.Embedding and _takes_rows(m)] if sparse else []
+    tables = [m for m in model.modules() if type(m) is nn.Embedding and _takes_rows(m)] if sparse and on_processor else []
     for module in tables:
         module.sparse = True
         undo.callback(setattr, module, "sparse", False)
     dtype = {"bf16": torch.bfloat16, "int8": torch.int8}.get(precision)
-    undo.enter_context(Fusing(model, dtype, leave, learning, narrow, functools.partial(_stock_modules, model, dtype, undo), remember))
+    other_routes = functools.partial(_stock_modules, model, dtype, undo) if on_processor else lambda fused: None
+    undo.enter_context(Fusing(model, device, dtype, leave, learning, narrow and on_processor, other_routes, remember, recompute))
 
 
 def _stock_modules(model: nn.Module, dtype: torch.dtype | None, undo: contextlib.ExitStack, fused: Collection[nn.Module]) -> None:

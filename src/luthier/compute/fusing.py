@@ -29,19 +29,21 @@ ROUGH = 5e-2  # in other types
 
 
 class Fusing:
-    """A context in which `model` runs fused what can be.
+    """A context in which `model` runs fused what can be, and on packed rows what can be of the rest.
 
+    device    where the model is; on a GPU nothing runs fused
     dtype     of the products; None: that of their input
     leave     blocks that somebody else runs
     learning  whether what is open for training changes meanwhile
     narrow    whether weights of linear layers may take their gradients in the type of the products, which is what they are computed in
     then      called once with the modules of the fused blocks, as soon as they are known
     remember  keep what is found out, with its laid-out weights, as long as the model lives, for the next context like this one
+    recompute whether blocks run once more on their way back instead of keeping what they computed
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None, leave: Collection[nn.Module], learning: bool, narrow: bool, then: Callable[[Collection[nn.Module]], None], remember: bool = False):
-        self.model, self.dtype, self.learning, self.narrow, self.then = model, dtype, learning, narrow, then
-        self.remember = remember and not learning and not leave
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None, leave: Collection[nn.Module], learning: bool, narrow: bool, then: Callable[[Collection[nn.Module]], None], remember: bool = False, recompute: bool = False):
+        self.model, self.device, self.dtype, self.learning, self.narrow, self.then = model, device, dtype, learning, narrow, then
+        self.recompute, self.remember = recompute, remember and not learning and not leave
         self.leave = {id(module) for module in leave}
         self.found, self.known = Blocks(), False
         self.running = Running(self.found)
@@ -64,16 +66,16 @@ class Fusing:
         if not self.known and usual and (rows := _telling(kwargs)) is not None:
             self.known = True  # at once, as finding out runs the model too
             self.found = (self.remember and _recalled(self.model, self.dtype)) or self._find_out({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) > 1 else x for name, x in kwargs.items()})
-            self.running = Running(self.found)
+            self.running = Running(self.found, self.recompute)
             self.running.replace()
-            if self.remember and self.found.fused:
+            if self.remember and self.found.pack:
                 _remembered[self.model] = _Known(self.dtype, _references(self.model), _numbers(self.found), self.found)
             if self.narrow and self.dtype == torch.bfloat16 and CAN_BE_NARROW and kernel("adamw", torch.float32):
                 self.narrowed = self._read_once()
                 for weight in self.narrowed:
                     take_gradients_in(weight, torch.bfloat16)
             self.then(self.found.fused)
-        if usual and self.found.fused:
+        if usual and self.found.pack:
             self.running.begin(kwargs)
 
     def _after(self, *_: Any) -> None:
@@ -81,33 +83,44 @@ class Fusing:
 
     def _find_out(self, inputs: dict[str, Any]) -> Blocks:
         """By `forward` itself: the hooks of the model, its own and those of others, belong to the pass that is under way."""
-        if _spells_out(self.model):
-            return Blocks()
         try:
             anatomy = Anatomy.of(self.model)
         except (UserError, AttributeError):
             return Blocks()
         of_model = [b for b in anatomy.blocks if id(b.module) not in self.leave]
-        blocks = Blocks([b.module for b in of_model], [b.stack for b in of_model], shifts=_shifts(anatomy))
+        plain = Blocks([b.module for b in of_model], [b.stack for b in of_model])
+        if _spells_out(self.model):
+            return plain
+        blocks = Blocks(plain.calls, plain.stacks, shifts=_shifts(anatomy))
         modes = {module: module.training for module in self.model.modules()}
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+            with torch.no_grad(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.autocast(self.device.type, enabled=False):
                 steps = self._trace(blocks, inputs)
                 blocks.fused = self._read(of_model, blocks, steps, None)
-                answer = self._same(blocks, inputs) if blocks.fused else None
+                by_themselves = {b.module for b in of_model if b.module not in blocks.fused and _attends_once(steps[b.module])}
+                answer = None
+                for candidates in (by_themselves, set[nn.Module]()):
+                    blocks.packed = candidates
+                    if blocks.pack and (answer := self._same(blocks, inputs)) is not None:
+                        break
                 if answer is None:
-                    return Blocks()
+                    return plain
+                if self.device.type == "cuda" and self.dtype == torch.bfloat16:  # which attention goes another way in
+                    with torch.autocast(self.device.type, self.dtype):
+                        self._tried(blocks, inputs)
                 blocks.leaves = next((which for which in ("first", "last") if self._only_leaves(blocks, inputs, which, answer)), None)
                 blocks.fused = self._read(of_model, blocks, steps, self.dtype)
                 return blocks
         except Exception:  # of a model that is made otherwise than its roles tell; if the user's own call is wrong, it fails again without us
             logging.getLogger(__name__).debug("blocks stay as they are", exc_info=True)
-            return Blocks()
+            return plain
         finally:
             for module, mode in modes.items():
                 module.training = mode
 
     def _read(self, of_model: list[Block], blocks: Blocks, steps: dict[nn.Module, list[Step]], dtype: torch.dtype | None) -> dict[nn.Module, FusedBlock]:
+        if self.device.type != "cpu":
+            return {}
         found = {b.module: reading.read(b, steps[b.module], blocks.turned.get(b.module, 0), b.module in blocks.shifts, dtype, self.learning) for b in of_model}
         return {module: fused for module, fused in found.items() if fused}
 
@@ -217,6 +230,12 @@ def _numbers(blocks: Blocks) -> list[tuple[int, float]]:
     linears = {module: None for fused in blocks.fused.values() for piece in fused.parts if isinstance(piece, Linear) for module in piece.modules}
     with torch.no_grad():
         return [(p.data_ptr(), float(p.sum(dtype=torch.float32))) for module in linears for p in module.parameters()]
+
+
+def _attends_once(steps: list[Step]) -> bool:
+    """And so that each row can be attended to by itself."""
+    calls = [step for step in steps if isinstance(step, attention.Call)]
+    return len(calls) == 1 and calls[0].plain and not calls[0].shifted
 
 
 def _shifts(anatomy: Anatomy) -> dict[nn.Module, Any]:

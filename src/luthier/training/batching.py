@@ -43,21 +43,38 @@ def total_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None
     return max_steps or max(1, round(epochs * steps_per_epoch(rows, batch_size, fewest_rows(loss_per))))
 
 
-def check_batches(tag: str, loss_per: str, batch_size: int, micro_batch_size: int | None) -> None:
+def check_batches(tag: str, loss_per: str, batch_size: int, micro_batch_size: int | None, micro_batch_tokens: int | None) -> None:
     """Raises UserError where batches of this size leave a task without the company that its rows need."""
     if loss_per != "batch":
         return
     if batch_size < fewest_rows(loss_per):
         raise UserError(f"{tag} compares the rows of a batch with each other: give --batch-size 2 or more.")
+    if micro_batch_tokens:
+        raise UserError(f"{tag} compares the rows of a batch with each other, so a batch cannot be split: leave --micro-batch-tokens out.")
     if micro_batch_size and micro_batch_size < batch_size:
         raise UserError(f"{tag} compares the rows of a batch with each other, so a batch cannot be split: leave --micro-batch-size out, or give --batch-size {micro_batch_size}.")
 
 
-def smaller_batch(loss_per: str, size: int) -> str:
-    """What to give where `size` rows at once are too many."""
+def smaller_batch(loss_per: str, size: int, longest: int) -> str:
+    """What to give where `size` rows of `longest` tokens are too many at once."""
     fewer = max(1, size // 4)
-    return f"--batch-size {max(2, fewer)}" if loss_per == "batch" else f"--micro-batch-size {fewer} (the result stays the same)"
+    return f"--batch-size {max(2, fewer)}" if loss_per == "batch" else f"--micro-batch-tokens {fewer * longest} (larger batches are cut into pieces; the result stays the same)"
 
 
-def micro_batches(rows: Sequence[int], size: int) -> list[list[int]]:
-    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+def micro_batches(rows: Sequence[int], lengths: Sequence[int], size: int, tokens: int | None = None) -> list[list[int]]:
+    """Pieces of a batch, in its order: of at most `size` rows and, padding included, `tokens` tokens, or of one row."""
+    pieces: list[list[int]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, lengths[row])
+        if pieces and len(pieces[-1]) < size and (not tokens or longest * (len(pieces[-1]) + 1) <= tokens):
+            pieces[-1].append(row)
+        else:
+            pieces.append([row])
+            longest = lengths[row]
+    return pieces
+
+
+def rows_at_once(length: int, size: int, tokens: int | None = None) -> int:
+    """Of this length, in one micro-batch."""
+    return max(1, min(size, tokens // length)) if tokens else size

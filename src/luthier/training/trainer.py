@@ -33,11 +33,14 @@ from luthier.training.frozen import FrozenTrunk
 
 PATIENT = 9  # the step at which tensors without any gradient are no longer waited for
 
+SAME_RESULT = ("tensorboard", "gradient_checkpointing", "checkpoint_every")  # settings that may be others when a run goes on
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train; every field but the cadence of checkpoints can change the result.
+    """How to train; every field but the last three can change the result.
 
+    micro_batch_tokens  that go through the model at once, padding included; a longer row goes alone
     warmup            share of all steps
     evaluate_every    passes between two evaluations
     patience          evaluations without a better one before training stops; None: train to the end
@@ -48,6 +51,7 @@ class TrainingSettings:
     max_steps: int | None = None
     batch_size: int = 32
     micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     lr: float = 1e-3
     warmup: float = 0.1
     schedule: str = "linear"
@@ -59,6 +63,7 @@ class TrainingSettings:
     precision: str = "fp32"
     seed: int = 0
     tensorboard: bool = False
+    gradient_checkpointing: bool = False
     checkpoint_every: float = 60.0
 
 
@@ -125,7 +130,7 @@ class Trainer:
         self.micro = settings.micro_batch_size or settings.batch_size
         if task.loss_per == "batch" and self.world > 1:
             raise UserError(f"{task.tag} compares the rows of a batch with each other, which cannot be spread over {self.world} processes yet. Run it in one.")
-        check_batches(task.tag, task.loss_per, settings.batch_size, settings.micro_batch_size)
+        check_batches(task.tag, task.loss_per, settings.batch_size, settings.micro_batch_size, settings.micro_batch_tokens)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("Nothing in the model is open for training.")
@@ -158,7 +163,8 @@ class Trainer:
         frozen_states = self._frozen_states()
         self.state["seconds"] += time.perf_counter() - started
         leave, alone = self.trunk.blocks if self.trunk and frozen_states is self.trunk else (), self.world == 1
-        with compute.prepared(self.model, self.device, settings.precision, leave=leave, sparse=alone, narrow=alone and self.micro >= settings.batch_size):
+        whole = self.micro >= settings.batch_size and not settings.micro_batch_tokens  # a step is one backward pass
+        with compute.prepared(self.model, self.device, settings.precision, leave=leave, sparse=alone, narrow=alone and whole, recompute=settings.gradient_checkpointing):
             self._train(frozen_states, fresh=not found)
         if self.main and self.validation and (self.folder / "checkpoints" / "best").exists():  # the first process alone saves, measures and cleans up
             checkpoints.restore(self.model, checkpoints.read(self.folder / "checkpoints" / "best", self.device)[0])
@@ -207,7 +213,7 @@ class Trainer:
         _seed(self.settings.seed, step, self.rank)
         own = rows[self.rank :: self.world]
         weight = 1.0 if own else 0.0  # a process without rows takes part in the reduction all the same
-        pieces = micro_batches(own or rows[:1], max(1, self.micro // self.world) if self.world > 1 else self.micro)
+        pieces = micro_batches(own or rows[:1], self.lengths, max(1, self.micro // self.world), self.settings.micro_batch_tokens)
         total, count, tokens = 0.0, 0.0, 0
         for number, piece in enumerate(pieces):
             batch = self._batch(piece)
@@ -365,18 +371,19 @@ class Trainer:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resumption to be exact."""
-        same = {key: value for key, value in asdict(self.settings).items() if key not in ("checkpoint_every", "tensorboard")}
+        same = {key: value for key, value in asdict(self.settings).items() if key not in SAME_RESULT}
         return same | {"number of training rows": len(self.train), "number of processes": self.world} | json.loads(json.dumps(self.identity))
 
     def _rehearse(self) -> None:
-        longest = sorted(range(len(self.train)), key=lambda i: -self.lengths[i])[: self.micro]
+        by_length = sorted(range(len(self.train)), key=lambda i: -self.lengths[i])
+        longest = micro_batches(by_length[: self.micro], self.lengths, self.micro, self.settings.micro_batch_tokens)[0]
         try:
             with compute.autocast(self.device, self.settings.precision):
                 self._training_mode()
                 self.task.loss(self.model, self._batch(longest)).sum.backward()
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "memory" in str(error):
-                raise UserError(f"The longest batch ({len(longest)} rows of up to {max(self.lengths)} tokens) does not fit into memory. Give {smaller_batch(self.task.loss_per, self.micro)} or a smaller --max-length.") from error
+                raise UserError(f"The longest batch ({len(longest)} rows of up to {max(self.lengths)} tokens) does not fit into memory. Give {smaller_batch(self.task.loss_per, len(longest), max(self.lengths))}, --gradient-checkpointing or a smaller --max-length.") from error
             raise
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -59,13 +59,13 @@ def embed(
         raise UserError(f"{out} exists. Give --overwrite, or another --out.")
     if part not in PARTS:
         raise UserError(f"--part {part}: there is no such part.{did_you_mean(part, PARTS)} Choose document or query.")
-    compute.ready(console.say)
     rows = stream(data, encoding, where)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{data} holds no rows.")
     name = _column(first, column, part)
     encoder = model if isinstance(model, Encoder) else Encoder.open(model, base, device, precision)
+    compute.ready(console.say)
     parts = Parts(target, (encoder.name, encoder.sha256, encoder.precision, encoder.max_length, encoder.task.prefix(part), name))
     rows = itertools.chain((first,), rows)
     if encoder.precision == "int8":

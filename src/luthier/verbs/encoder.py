@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,16 @@ class Encoder:
     """`encoder.embed(texts)` gives (n, d) float32 vectors of unit length.
 
     max_length  tokens that are read of each text
+    wanted      the precision: auto, fp32, bf16 or int8
     """
 
-    def __init__(self, model: nn.Module, task: SentenceSimilarity, tokenizer: Any, max_length: int, device: str, precision: str, name: str, sha256: str):
+    def __init__(self, model: nn.Module, task: SentenceSimilarity, tokenizer: Any, max_length: int, device: str, wanted: str, name: str, sha256: str):
         self.model, self.task, self.tokenizer, self.max_length = model, task, tokenizer, max_length
-        self.device, self.precision, self.name, self.sha256 = device, precision, name, sha256
+        self.device, self.wanted, self.name, self.sha256 = device, wanted, name, sha256
         self.truncated = 0  # texts so far that were longer than what is read
 
     def __repr__(self) -> str:
-        return f"Encoder({self.name!r}, {self.task.pooling} pooling, {self.max_length} tokens, {self.precision})"
+        return f"Encoder({self.name!r}, {self.task.pooling} pooling, {self.max_length} tokens, {self.wanted})"
 
     @classmethod
     def open(cls, path: str | Path, base: str | Path | None = None, device: str | None = None, precision: str | None = None) -> Encoder:
@@ -51,14 +53,17 @@ class Encoder:
         task = SentenceSimilarity.configured(**SentenceSimilarity.model_options(start.path))
         tokenizer = start.tokenizer()
         model = start.load(SentenceSimilarity.auto_class)[0].to(device)
-        return cls(model, task, tokenizer, usual(config, tokenizer, start.path), device, machine.choose_precision(precision or "auto", device)[0], str(path), start.sha256)
+        return cls(model, task, tokenizer, usual(config, tokenizer, start.path), device, precision or "auto", str(path), start.sha256)
 
     @classmethod
     def of(cls, run: Run, precision: str | None = None) -> Encoder:
         if not isinstance(run.task, SentenceSimilarity):
             raise UserError(f"{run.path} is a {run.task.tag} run; vectors come from an embedding run (adapt --task sentence-similarity).")
-        chosen = machine.choose_precision(precision, run.device)[0] if precision else run.precision
-        return cls(run.model, run.task, run.tokenizer, run.record.data["max_length"], run.device, chosen, str(run.path), run.record.content["created"])
+        return cls(run.model, run.task, run.tokenizer, run.record.data["max_length"], run.device, precision or run.wanted, str(run.path), run.record.content["created"])
+
+    @functools.cached_property
+    def precision(self) -> str:
+        return machine.choose_precision(self.wanted, self.device)[0]
 
     def embed(self, texts: Sequence[str], part: str = "document", batch_size: int = 64, progress: Callable[[int], None] = lambda texts: None) -> np.ndarray:
         """(n, d) float32 of unit length, in the order of `texts`.

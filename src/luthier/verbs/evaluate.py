@@ -36,10 +36,10 @@ def evaluate(
     """
     from luthier.verbs.console import Console
 
-    compute.ready((console or Console()).say)
     run = run if isinstance(run, Run) else load(run, base, device)
     typed = _rows(run, data, split, columns, where, encoding)
     run.task.check(typed)
+    compute.ready((console or Console()).say)
     before = run.truncated
     outputs = run.outputs(typed, batch_size)
     return {

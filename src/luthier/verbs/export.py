@@ -27,12 +27,12 @@ def export(run: Run | str | Path, *, out: str | Path, save: str = "merged", base
     """
     from luthier.verbs.console import Console
 
-    compute.ready((console or Console()).say)
     run = load(run.path, base or run.base, "cpu") if isinstance(run, Run) else load(run, base, "cpu")
     if save != "merged":
         raise UserError(f"save={save!r}: a finished run can be exported as 'merged'; other forms are chosen when it is trained (adapt --save).")
     folder = RunFolder(out)
     folder.check(overwrite=overwrite, reads=(run.path, *([run.base] if run.base else loading.chain(run.path)), run.record.content["model"]["path"]))
+    compute.ready((console or Console()).say)
     before = _answers(run.model, run)
     model = loading.load_plain(run.path, type(run.task).auto_class, run.task.configure, run.base)
     difference = saving.difference(before, _answers(model, run))

@@ -109,7 +109,7 @@ def prepare(recipe: Recipe, data: Any = None, device: str = "cpu") -> Job:
     task = task_type.learn(splits.train, splits.validation, splits.test, **{**task_type.model_options(start.path), **loading.earlier_facts(start.path, task_type.options), **recipe.options}).follow(config)
     if recipe.metric and recipe.metric not in task.metrics:
         raise UserError(f"--metric {recipe.metric}: {task.tag} measures {', '.join(task.metrics)} on these rows.{did_you_mean(recipe.metric, task.metrics)}")
-    check_batches(task.tag, task.loss_per, recipe.batch_size, recipe.micro_batch_size)
+    check_batches(task.tag, task.loss_per, recipe.batch_size, recipe.micro_batch_size, recipe.micro_batch_tokens)
     tokenizer = start.tokenizer()
     if recipe.max_length and recipe.max_length > limit(config):
         raise UserError(f"--max-length {recipe.max_length}: the model takes {limit(config)} tokens. Give {limit(config)} or less.")

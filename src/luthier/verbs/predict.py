@@ -46,7 +46,6 @@ def predict(
     from luthier.verbs.console import Console
 
     console = console or Console()
-    compute.ready(console.say)
     if not isinstance(run, Run):
         run = load(run, base, device, precision)
     elif precision:
@@ -66,6 +65,7 @@ def predict(
         raise UserError(f"{INPUT if piped else data} holds no rows to predict.")
     rows = itertools.chain((first,), rows)
     before = run.truncated
+    compute.ready(console.say)
     size = batch_size if piped else CHUNK  # what is typed or piped in is answered as soon as there is a batch of it
 
     if run.precision == "int8":

@@ -12,7 +12,7 @@ from luthier import machine
 from luthier.anatomy import Workload
 from luthier.errors import UserError
 from luthier.tasks.base import Features
-from luthier.training.batching import smaller_batch, total_steps
+from luthier.training.batching import rows_at_once, smaller_batch, total_steps
 from luthier.training.frozen import MEMORY
 from luthier.verbs.job import Job
 
@@ -36,14 +36,14 @@ def examine(job: Job, out: Path, device: str) -> Report:
     recipe = job.recipe
     train = job.features["train"]
     steps = total_steps(len(train), recipe.batch_size, job.chosen["epochs"].value, recipe.max_steps, job.task.loss_per)
-    micro = min(recipe.micro_batch_size or recipe.batch_size, len(train))
     longest = max(f.length for part in job.features.values() for f in part)
+    micro = min(rows_at_once(longest, recipe.micro_batch_size or recipe.batch_size, recipe.micro_batch_tokens), len(train))
     free = _gpu_free(device) if device.startswith("cuda") else machine.memory().available
     memory = _memory(job, micro) + _kept(job, steps, free)
     if memory > 1.5 * free:
         raise UserError(
             f"The longest batch ({micro} rows of {longest} tokens) needs about {_bytes(memory)}, and {_bytes(free)} are free. "
-            f"Give {smaller_batch(job.task.loss_per, micro)}, a smaller --max-length, or a method that trains less."
+            f"Give {smaller_batch(job.task.loss_per, micro, longest)}, {'' if recipe.gradient_checkpointing else '--gradient-checkpointing, '}a smaller --max-length, or a method that trains less."
         )
     held = 0 if device.startswith("cuda") else machine.resident()
     disk = _disk_needed(job)
@@ -68,7 +68,7 @@ def _examples(job: Job, count: int = 1) -> list[str]:
 
 def _memory(job: Job, micro: int) -> int:
     """Bytes of a step on the longest batch: the model once, and what is kept of each text of a row, since all of them await one backward pass."""
-    needed = functools.partial(job.anatomy.memory, trainable=job.plan.trainable, reached=job.plan.reached)
+    needed = functools.partial(job.anatomy.memory, trainable=job.plan.trainable, reached=job.plan.reached, recompute=job.recipe.gradient_checkpointing)
     lengths = _lengths([f for part in job.features.values() for f in part])
     model = needed(Workload(batch=0, length=1))
     return model + sum(needed(Workload(batch=micro, length=max(found))) - model for found in lengths.values())

@@ -97,11 +97,14 @@ class Run:
         """What the task reads off the model for each (typed) row, in order."""
         return self._outputs(self._features(rows), batch_size)
 
+    @property
+    def wanted(self) -> str:
+        """The precision that was asked for; float32 where the run was, so that its metrics come out again; else what is safe and fastest here, wherever it was trained."""
+        return self.asked or ("fp32" if self.record.content.get("training", {}).get("precision_asked") == "fp32" else "auto")
+
     @functools.cached_property
     def precision(self) -> str:
-        """What was asked for; float32 where the run was, so that its metrics come out again; else what is safe and fastest here, wherever it was trained."""
-        trained = "fp32" if self.record.content.get("training", {}).get("precision_asked") == "fp32" else "auto"
-        return machine.choose_precision(self.asked or trained, self.device)[0]
+        return machine.choose_precision(self.wanted, self.device)[0]
 
     def at(self, precision: str) -> Run:
         """This run, its model shared, in another precision."""

@@ -51,7 +51,6 @@ def search(
     from luthier.verbs.console import Console
 
     console = console or Console()
-    compute.ready(console.say)
     run = run if isinstance(run, Run) else load(run, base, device)
     questions = [words] if isinstance(words, str) else list(words)
     if not questions or not all(question.strip() for question in questions):
@@ -59,6 +58,7 @@ def search(
     if run.task.tag != "sentence-similarity":
         raise UserError(f"{run.path} is a {run.task.tag} run; searching needs an embedding run (adapt --task sentence-similarity).")
     rows, texts = _documents(run, over, columns, encoding)
+    compute.ready(console.say)
     vectors = _vectors(run, str(over) if isinstance(over, (str, Path)) else f"<{type(over).__name__}>", texts, console)
     asked = run.embed(questions, part="query")
     scores = asked @ vectors.T
