@@ -289,6 +289,16 @@ def test_a_half_written_checkpoint_is_not_met(tmp_path: Path) -> None:
     assert checkpoints.latest(tmp_path / "checkpoints").name == "step-5"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+def test_padding_that_is_computed_is_told(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Attention that does not come by transformers' interface cannot be told which tokens are a row."""
+    model, task, rows, features = setup(dtype=torch.float32)
+    model.set_attn_implementation(way)  # type: ignore[operator]
+    Trainer(model, task, features, None, TOKENIZER, SETTINGS, tmp_path, rows=rows, console=Console()).fit()
+    said = capsys.readouterr()
+    assert ("3 of 3 blocks cannot run on packed rows here" in said.out + said.err) == (way == "eager")
+
+
 def test_rehearsing_the_longest_batch_changes_nothing(tmp_path: Path) -> None:
     plain, _ = train(tmp_path / "a", SETTINGS, dtype=torch.float32, dropout=True)
     rehearsed, _ = train(tmp_path / "b", SETTINGS, dtype=torch.float32, dropout=True, rehearse_longest=True)

@@ -26,7 +26,7 @@ from luthier.machine.setting import keep_memory
 
 LARGE = 1 << 22  # numbers of a table of embeddings from which on a gradient of a step's rows pays
 
-_inside: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_inside: weakref.WeakKeyDictionary[nn.Module, Fusing] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -47,6 +47,11 @@ def prepared(model: nn.Module, device: str | torch.device, precision: str, leave
         if torch.device(device).type in ("cpu", "cuda") and model not in _inside:
             _enter(model, torch.device(device), precision, leave, learning, remember, sparse, narrow, recompute, undo)
         yield
+
+
+def padded(model: nn.Module) -> tuple[int, int]:
+    """How many blocks of a prepared model keep the padding of their batches, of how many; (0, 0) where that is not known."""
+    return _inside[model].padded if model in _inside else (0, 0)
 
 
 def ready(say: Callable[[str], None]) -> None:
@@ -79,8 +84,6 @@ def _enter(model: nn.Module, device: torch.device, precision: str, leave: Collec
     on_processor = device.type == "cpu"
     if on_processor:
         keep_memory()
-    _inside.add(model)
-    undo.callback(_inside.discard, model)
     gc.freeze()  # what is there now stays; looking through it again and again took 3 % of a small model's training step
     undo.callback(gc.unfreeze)
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
@@ -92,8 +95,9 @@ def _enter(model: nn.Module, device: torch.device, precision: str, leave: Collec
         module.sparse = True
         undo.callback(setattr, module, "sparse", False)
     dtype = {"bf16": torch.bfloat16, "int8": torch.int8}.get(precision)
+    undo.callback(_inside.pop, model, None)
     other_routes = functools.partial(_stock_modules, model, dtype, undo) if on_processor else lambda fused: None
-    undo.enter_context(Fusing(model, device, dtype, leave, learning, narrow and on_processor, other_routes, remember, recompute))
+    _inside[model] = undo.enter_context(Fusing(model, device, dtype, leave, learning, narrow and on_processor, other_routes, remember, recompute))
 
 
 def _stock_modules(model: nn.Module, dtype: torch.dtype | None, undo: contextlib.ExitStack, fused: Collection[nn.Module]) -> None:

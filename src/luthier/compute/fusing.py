@@ -78,6 +78,12 @@ class Fusing:
         if usual and self.found.pack:
             self.running.begin(kwargs)
 
+    @property
+    def padded(self) -> tuple[int, int]:
+        """How many blocks keep the padding of a batch, and how many there are, once that is known."""
+        modules = set(self.found.calls)
+        return sum(not self.running.packs(module) for module in modules), len(modules)
+
     def _after(self, *_: Any) -> None:
         self.running.clear()
 
@@ -105,9 +111,8 @@ class Fusing:
                         break
                 if answer is None:
                     return plain
-                if self.device.type == "cuda" and self.dtype == torch.bfloat16:  # which attention goes another way in
-                    with torch.autocast(self.device.type, self.dtype):
-                        self._tried(blocks, inputs)
+                if self.device.type == "cuda":
+                    self._goes_back(blocks, inputs)
                 blocks.leaves = next((which for which in ("first", "last") if self._only_leaves(blocks, inputs, which, answer)), None)
                 blocks.fused = self._read(of_model, blocks, steps, self.dtype)
                 return blocks
@@ -190,6 +195,14 @@ class Fusing:
             return self.model.forward(**inputs)
         finally:
             running.put_back()
+
+    def _goes_back(self, blocks: Blocks, inputs: dict[str, Any]) -> None:
+        """Raises where attention over jagged rows cannot be had in the type of the products, or has no gradient in it."""
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        with torch.set_grad_enabled(self.learning and bool(learning)), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            out = _answer(self._tried(blocks, inputs), None)
+            if out.requires_grad:
+                torch.autograd.grad(out.float().sum(), learning, allow_unused=True)
 
     def _read_once(self) -> list[nn.Parameter]:
         """The learning weights in float32 of fused linear layers that a pass reads once, so that nothing is added to their gradients."""

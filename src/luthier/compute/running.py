@@ -110,7 +110,7 @@ class Running:
         around = recomputed if again else _as_it_is
         if again:  # what ran twice would be kept twice
             kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
-        if not self.active or not self._packs(module):
+        if not self.active or not self.packs(module):
             return around(stock)(*args, **kwargs)
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         calls, stacks, fused = self.blocks.calls, self.blocks.stacks, self.blocks.fused.get(module)
@@ -132,11 +132,11 @@ class Running:
         if ends and self.noise:
             tokens = packing.ends(self.noise == "last")
             x = torch.randn_like(x).index_copy(0, tokens, x[tokens])
-        goes_on = not ends and stacks[self.at] == stack and self._packs(calls[self.at])
+        goes_on = not ends and stacks[self.at] == stack and self.packs(calls[self.at])
         self.handed = x[None] if goes_on else None
         return self._answer(module, stack, packing.unpack(x) if self.handed is None else self.handed)
 
-    def _packs(self, module: nn.Module) -> bool:
+    def packs(self, module: nn.Module) -> bool:
         return module in self.blocks.fused or module in self.blocks.packed
 
     def _by_itself(self, stock: Callable[..., Any], packing: Packing, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Running:
         if (count := self.blocks.tuples.get(module)) is None:
             return x
         shift, length = None, self.given[stack].packing.shape[1]
-        if module in self.blocks.shifts and any(not self._packs(m) for m, of in zip(self.blocks.calls, self.blocks.stacks, strict=True) if of == stack):
+        if module in self.blocks.shifts and any(not self.packs(m) for m, of in zip(self.blocks.calls, self.blocks.stacks, strict=True) if of == stack):
             shift = self.blocks.shifts[module].compute_bias(length, length)  # which the first block of a stack makes for all
         return (x, shift, *[None] * count)[:count]
 

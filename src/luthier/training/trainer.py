@@ -179,13 +179,16 @@ class Trainer:
         with frozen_states, _Interrupts(self), self._progress() as advance:
             last_saved = time.monotonic()
             batches: list[list[int]] = []
-            epoch = -1
+            epoch, told = -1, False
             while self.state["step"] < self.total and self.state["reason"] == "finished":
                 step = self.state["step"]
                 if step // self.per_epoch != epoch:
                     epoch = step // self.per_epoch
                     batches = epoch_batches(self.lengths, settings.batch_size, settings.seed, epoch, self.smallest)
                 entry = self._step(batches[step % self.per_epoch], step)
+                if not told:
+                    told = True
+                    self._tell_padding()
                 advance(1, f"loss {entry['loss']:.3f}")
                 self._log(entry, board)
                 evaluates = self._evaluates(step + 1)
@@ -201,6 +204,11 @@ class Trainer:
             self.trunk.clear()
         if board:
             board.close()
+
+    def _tell_padding(self) -> None:
+        padded, blocks = compute.padded(self.model)
+        if padded and self.console and self.main:
+            self.console.say(f"{padded} of {blocks} blocks cannot run on packed rows here, and compute the padding of their batches too")
 
     @property
     def main(self) -> bool:
