@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from luthier.compute import kernels
 from luthier.compute.attention import Call
-from luthier.compute.block import FusedBlock
+from luthier.compute.block import FusedBlock, Sublayer
 from luthier.compute.fused import Fused
 from luthier.compute.head_norms import head_norms
 from luthier.compute.joins import Join, KernelJoin, join
@@ -422,7 +422,7 @@ def test_machines_without_kernels_do_without(hidden: str, fresh: Path, tmp_path:
         kernels.ensure(said.append)
         assert len(said) == 2 and "no OpenMP here (to try again, delete " in kernels.outcome()
     assert type(join([nn.Dropout()], nn.LayerNorm(4), True, torch.float32)) is Join
-    block = FusedBlock([Join((), None, False)] * 3, [[local(nn.GELU())], [local(nn.Identity())]], False)
+    block = FusedBlock(Join((), None, False), [Sublayer([local(nn.GELU())], Join((), None, False)), Sublayer([local(nn.Identity())], Join((), None, False))], False)
     x = random(3, 4)
     torch.testing.assert_close(block(x, Given(Packing.whole(3, 1))), 2 * (x + functional.gelu(x)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,17 +14,27 @@ from luthier.compute.packed_attention import KernelAttention
 from luthier.compute.tape import Piece, Tape
 
 
-class FusedBlock(Fused):
-    """What a block computes: sublayers, each of which reads what one join hands on and answers to the next. The first one attends to the block's own tokens; behind it only those go on that leave the block.
-
-    joins   one more than there are sublayers
-    causal  whether a token of the first sublayer sees those before it alone
+@dataclass(frozen=True, eq=False)
+class Sublayer:
+    """pieces  one after the other, the first of which reads what is handed to the sublayer
+    join    where their answer is added to what goes past
+    within  pieces that read the same, and whose answers are added to that of `pieces`
+    beside  the same, but added behind what the join does to the answer
     """
 
-    def __init__(self, joins: Sequence[Join], sublayers: Sequence[Sequence[Piece]], causal: bool):
-        self.joins, self.sublayers, self.causal = list(joins), [list(pieces) for pieces in sublayers], causal
-        start, *ends = self.joins
-        super().__init__([*start.pieces, *(piece for pieces, end in zip(self.sublayers, ends, strict=True) for piece in (*pieces, *end.pieces))])
+    pieces: Sequence[Piece]
+    join: Join
+    within: Sequence[Piece] = ()
+    beside: Sequence[Piece] = ()
+
+
+class FusedBlock(Fused):
+    """What a block computes: sublayers, each of which reads what one join hands on and answers to the next. The first one attends to the block's own tokens; behind it only those go on that leave the block."""
+
+    def __init__(self, start: Join, sublayers: Sequence[Sublayer], causal: bool):
+        """causal: whether a token of the first sublayer sees those before it alone"""
+        self.start, self.sublayers, self.causal = start, list(sublayers), causal
+        super().__init__([*start.pieces, *(piece for sublayer in sublayers for piece in (*sublayer.pieces, *sublayer.within, *sublayer.beside, *sublayer.join.pieces))])
 
     @functools.cached_property
     def crosses(self) -> bool:
@@ -31,26 +42,38 @@ class FusedBlock(Fused):
         return any(isinstance(piece, KernelAttention) and piece.memory is not None for piece in self.pieces)
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
-        start, *ends = self.joins
-        x, h = start.forward(x, None, tape)
-        for pieces, end in zip(self.sublayers, ends, strict=True):
-            y = through(pieces, h, tape)
-            if pieces is self.sublayers[0] and tape.given.tokens is not None:
-                x = x[tape.given.tokens]
-            x, h = end.forward(x, y, tape)
+        x, h = self.start.forward(x, None, tape)
+        for number, sublayer in enumerate(self.sublayers):
+            y = through(sublayer.pieces, h, tape)
+            if number == 0 and (tokens := tape.given.tokens) is not None:
+                x, h = x[tokens], h[tokens]
+            for piece in sublayer.within:
+                y = y + tape.run(piece, h)
+            for piece in sublayer.beside:
+                x = x + tape.run(piece, h)
+            x, h = sublayer.join.forward(x, y, tape)
         return x
 
     def backward(self, d: Tensor, tape: Tape) -> Tensor | None:
-        start, *ends = self.joins
         d_x: Tensor | None = d
         d_h: Tensor | None = None  # nobody reads what the last join hands on beside x
-        for pieces, end in zip(reversed(self.sublayers), reversed(ends), strict=True):
+        for number, sublayer in reversed(list(enumerate(self.sublayers))):
             assert d_x is not None
-            d_x, d_y = end.backward(d_x, d_h, tape)
-            d_h = back(pieces, d_y, tape)
+            d_x, d_y = sublayer.join.backward(d_x, d_h, tape)
+            d_beside = [tape.back(piece, d_x) for piece in reversed(sublayer.beside) if d_x is not None]
+            d_beside += [tape.back(piece, d_y) for piece in reversed(sublayer.within) if d_y is not None]
+            d_h = back(sublayer.pieces, d_y, tape)
             if d_x is None or d_h is None:
                 return None
-            if pieces is self.sublayers[0] and tape.given.tokens is not None:
-                d_x = d_x.new_zeros(len(d_h), d_x.shape[1]).index_copy_(0, tape.given.tokens, d_x)
+            for one in d_beside:
+                d_h = d_h + _spread(one, tape, len(d_h), number)
+            d_x = _spread(d_x, tape, len(d_h), number)
         assert d_x is not None
-        return start.backward(d_x, d_h, tape)[0]
+        return self.start.backward(d_x, d_h, tape)[0]
+
+
+def _spread(d: Tensor, tape: Tape, count: int, number: int) -> Tensor:
+    """The gradient of all tokens that went into a sublayer of this number, from that of those which leave it."""
+    if number or tape.given.tokens is None:
+        return d
+    return d.new_zeros(count, d.shape[1]).index_copy_(0, tape.given.tokens, d)

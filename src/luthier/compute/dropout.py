@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 
+from luthier.compute.kernels import kernel, memory
+
 LEVELS = 2**16
 
 
@@ -31,6 +33,20 @@ def multipliers(like: Tensor, p: float) -> Tensor:
     if like.dtype.itemsize == 2:  # the factor's own bits, or none
         return kept.mul_(_bits(factor, like.dtype)).view(like.dtype)
     return kept.to(like.dtype).mul_(factor)
+
+
+def drawn(like: Tensor, p: float) -> Tensor:
+    """By chance, which elements of a tensor like this one are dropped, for `dropped`: seeds where a kernel makes the mask of them each time, else the mask."""
+    return seeds() if kernel("drop", like.dtype) else multipliers(like, p)
+
+
+def dropped(x: Tensor, chance: Tensor, p: float, out: Tensor | None = None) -> Tensor:
+    """x with those elements at 0 and the others scaled, which is its own gradient's way too. out: where to write, which may be x"""
+    if run := kernel("drop", x.dtype):
+        out = torch.empty_like(x) if out is None else out
+        run(x.numel(), memory(x), memory(chance), p, memory(out))
+        return out
+    return torch.mul(x, chance, out=out)
 
 
 def seeds() -> Tensor:

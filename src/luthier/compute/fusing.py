@@ -22,7 +22,7 @@ from luthier.compute.reading import Step
 from luthier.compute.running import TURNS, UNUSUAL, Blocks, Running
 from luthier.errors import UserError
 from luthier.methods.changes import Changed
-from luthier.methods.inserts import Sequential
+from luthier.methods.inserts import Parallel, Sequential
 
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}  # of outputs of the two ways, of the largest
 ROUGH = 5e-2  # in other types
@@ -147,7 +147,7 @@ class Fusing:
 
         for module in steps:
             hooks += [module.register_forward_pre_hook(begins, with_kwargs=True), module.register_forward_hook(ends)]
-            inserts = [m for m in module.modules() if isinstance(m, Sequential)]
+            inserts = [m for m in module.modules() if isinstance(m, Sequential | Parallel)]
             units = {*(m for m in module.modules() if isinstance(m, Changed)), *(m.body for m in inserts)}
             inner = {*inserts, *(child for m in units for child in m.modules() if child is not m)}
             for m in module.modules():

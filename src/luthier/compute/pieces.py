@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from luthier.compute.dropout import multipliers
+from luthier.compute.dropout import drawn, dropped
 from luthier.compute.kernels import kernel, memory
 from luthier.compute.tape import Given, Piece, Tape, Tensors, Wants
 from luthier.methods.inserts import in_own_type
@@ -113,6 +113,27 @@ class RMSNorm(Local):
         self.eps = eps
 
 
+class Scale(Piece):
+    """A learnt factor for each channel."""
+
+    def __init__(self, module: nn.Module):
+        (self.factor,) = module.parameters(recurse=False)
+
+    def tensors(self, given: Given) -> Tensors:
+        return (self.factor,)
+
+    def forward(self, x: Tensor, tensors: Tensors, wants: Wants, tape: Tape) -> Tensor:
+        (factor,) = tensors
+        assert factor is not None
+        tape.keep(x if wants[1] else None)
+        return x * factor.to(x.dtype)
+
+    def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
+        ((x,), (factor,)) = kept, tensors
+        assert factor is not None
+        return (d * factor.to(d.dtype) if wants[0] else None), ((d * x).sum(0, dtype=factor.dtype) if x is not None else None,)
+
+
 class Activation(Piece):
     """By the kernel of that name where there is one, else by torch's."""
 
@@ -174,15 +195,13 @@ class Dropout(Piece):
         if not (self.module.training and self.module.p):
             tape.keep(None)
             return x
-        factors = multipliers(x, self.module.p)
-        tape.keep(factors)
-        return x.mul_(factors)
+        chance = drawn(x, self.module.p)
+        tape.keep(chance)
+        return dropped(x, chance, self.module.p, out=x)
 
     def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
-        (factors,) = kept
-        if factors is None:
-            return d, ()
-        return d * factors if d.dtype == factors.dtype else d.to(factors.dtype).mul_(factors), ()
+        (chance,) = kept
+        return (d if chance is None else dropped(d.contiguous(), chance, self.module.p)), ()
 
 
 def local(module: nn.Module) -> Piece:
@@ -199,6 +218,8 @@ def local(module: nn.Module) -> Piece:
                 return Activation(name, forward, backward)
     if (eps := _rms_eps(module)) is not None:
         return RMSNorm(module, eps)
+    if is_scale(module):
+        return Scale(module)
     return Local(module)
 
 
@@ -214,6 +235,17 @@ def _equal(module: nn.Module, function: Callable[[Tensor], Tensor]) -> bool:
     with torch.no_grad():
         found: Tensor = module(x)
     return found.shape == x.shape and torch.allclose(found, function(x), rtol=1e-9, atol=1e-12)
+
+
+def is_scale(module: object) -> bool:
+    """Whether, hooks aside, it multiplies each channel with a parameter: such modules have many names too, and are known by their values."""
+    if not isinstance(module, nn.Module) or [p.dim() for p in module.parameters(recurse=False)] != [1]:
+        return False
+    (factor,) = module.parameters(recurse=False)
+    x = torch.linspace(-2, 2, 2 * len(factor)).view(2, -1).to(factor)
+    with torch.no_grad():
+        found = module.forward(x)
+    return isinstance(found, Tensor) and torch.equal(found, x * factor)
 
 
 def _rms_eps(module: nn.Module) -> float | None:

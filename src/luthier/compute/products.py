@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from luthier import machine
 from luthier.compute import int8
+from luthier.compute.dropout import drawn, dropped
 from luthier.compute.kernels import kernel
 from luthier.compute.tape import Given, Piece, Tape, Tensors, Wants
 from luthier.methods.changes import Change, Changed, site_weight
@@ -19,10 +21,20 @@ ROWS = 512  # for which a weight is laid out: the rows that it meets first would
 _mkldnn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Of a low-rank change: its first row among all outputs, its scale and rank, and the share of its inputs that it drops."""
+
+    start: int
+    scale: float
+    rank: int
+    p: float
+
+
 class Linear(Piece):
     """x (N, in) -> (N, out) = x @ weight^T + bias + (x @ down^T) @ up^T: the outputs of `modules`, which read the same input, side by side.
 
-    down (R, in) and up (out, R) are those of all low-rank changes together.
+    down (R, in) and up (out, R) are those of all low-rank changes together; a change may drop some of what its part of `down` reads.
 
     dtype     of the products; None: that of the model. int8: weights and tokens are rounded for them, and no gradient passes
     learning  whether what is open for training changes from one call to the next
@@ -48,12 +60,12 @@ class Linear(Piece):
                 self.kept = self._joined(*self._own())
                 if self.rounds:
                     self.rounded, self.kept = int8.Product(*self.kept, kernel), (None, None)
-        self.places: list[tuple[int, float]] = []  # of each low-rank change, where its rows start, and its scale
+        self.places: list[_Place] = []  # of each low-rank change
         factors: list[Tensor] = []
         for start, change in self._changes():
             if (found := change.method.factors(change)) is not None:
                 a, b, scale = found
-                self.places.append((start, scale))
+                self.places.append(_Place(start, scale, len(a), change.method.input_dropout if change.training else 0.0))
                 factors += a, b
         weights, biases = self._own() if self.changing else ((), ())
         return *weights, *biases, *factors
@@ -64,16 +76,17 @@ class Linear(Piece):
         read = x.to(self.dtype)
         down, up = self._low_rank(factors)
         y = self._product(read, weight, bias)
-        low = None
+        low, chances = None, [drawn(read, place.p) if place.p else None for place in self.places]
         if down is not None and up is not None:
-            low = read @ down.T
+            lows = [(read if chance is None else dropped(read, chance, place.p)) @ own.T for _, own, place, chance in self._of_changes(None, down, chances)]
+            low = lows[0] if len(lows) == 1 else torch.cat(lows, 1)
             y.addmm_(low, up.T)
         of_factors = any(self._split(wants[1:])[2])
-        tape.keep(read if any(wants[1:]) else None, low if of_factors else None, weight, down, up)
+        tape.keep(read if any(wants[1:]) else None, low if of_factors else None, weight, down, up, *chances)
         return y
 
     def backward(self, d: Tensor, kept: Tensors, tensors: Tensors, wants: Wants, tape: Tape) -> tuple[Tensor | None, Tensors]:
-        read, low, weight, down, up = kept
+        read, low, weight, down, up, *chances = kept
         assert weight is not None
         of_x, (of_weights, of_biases, of_factors) = wants[0], self._split(wants[1:])
         weights, biases, factors = self._split(tensors)
@@ -83,12 +96,18 @@ class Linear(Piece):
         if of_x:
             d_x = d @ weight if self.laid_out is None else self._by_layout("backward", d, weight.T, None)
             if d_low is not None and down is not None:
-                d_x.addmm_(d_low, down)
+                for d_own, own, place, chance in self._of_changes(d_low, down, chances):
+                    if chance is None:
+                        d_x.addmm_(d_own, own)
+                    else:
+                        d_x.add_(dropped(d_own @ own, chance, place.p))
         d_weights = self._each(d.T @ read, weights, of_weights) if any(of_weights) and read is not None else [None] * len(weights)
         d_biases = self._each(d.sum(0), biases, of_biases) if any(of_biases) else [None] * len(biases)
         d_factors: Sequence[Tensor | None] = [None] * len(factors)
         if any(of_factors) and d_low is not None and low is not None and read is not None:
-            d_factors = self._apart(d_low.T @ read, d.T @ low, factors)
+            assert down is not None
+            d_down = [d_own.T @ (read if chance is None else dropped(read, chance, place.p)) for d_own, _, place, chance in self._of_changes(d_low, down, chances)]
+            d_factors = self._apart(d_down[0] if len(d_down) == 1 else torch.cat(d_down), d.T @ low, factors)
         return d_x, (*d_weights, *d_biases, *d_factors)
 
     def _product(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -155,18 +174,27 @@ class Linear(Piece):
         downs = [a for a in factors[::2] if a is not None]
         down = torch.cat(downs).to(self.dtype)
         up, at = torch.zeros(sum(self.sizes), len(down), dtype=self.dtype), 0
-        for a, b, (start, scale) in zip(downs, factors[1::2], self.places, strict=True):
+        for a, b, place in zip(downs, factors[1::2], self.places, strict=True):
             assert b is not None
-            up[start : start + len(b), at : at + len(a)] = b.to(torch.promote_types(self.dtype, torch.float32)) * scale
+            up[place.start : place.start + len(b), at : at + len(a)] = b.to(torch.promote_types(self.dtype, torch.float32)) * place.scale
             at += len(a)
         return down, up
+
+    def _of_changes(self, d_low: Tensor | None, down: Tensor, chances: Sequence[Tensor | None]) -> Iterator[tuple[Any, Tensor, _Place, Tensor | None]]:
+        """The part of each low-rank change, or all of them as one where none drops any of its inputs."""
+        ranks = [place.rank for place in self.places]
+        if all(chance is None for chance in chances):
+            yield d_low, down, self.places[0], None
+            return
+        of_each = [None] * len(ranks) if d_low is None else d_low.split(ranks, 1)
+        yield from zip(of_each, down.split(ranks), self.places, chances, strict=True)
 
     def _apart(self, d_down: Tensor, d_up: Tensor, factors: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradients of the factors of each change, from those of `down` and `up`"""
         found, at = [], 0
-        for a, b, (start, scale) in zip(factors[::2], factors[1::2], self.places, strict=True):
+        for a, b, place in zip(factors[::2], factors[1::2], self.places, strict=True):
             assert a is not None and b is not None
-            found += [d_down[at : at + len(a)].to(a.dtype), d_up[start : start + len(b), at : at + len(a)].to(b.dtype) * scale]
+            found += [d_down[at : at + len(a)].to(a.dtype), d_up[place.start : place.start + len(b), at : at + len(a)].to(b.dtype) * place.scale]
             at += len(a)
         return found
 

@@ -16,16 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from luthier.anatomy import Block
 from luthier.anatomy.structure import is_norm
 from luthier.compute.attention import Call
-from luthier.compute.block import FusedBlock
+from luthier.compute.block import FusedBlock, Sublayer
 from luthier.compute.fused import Fused
 from luthier.compute.head_norms import head_norms
 from luthier.compute.joins import join
 from luthier.compute.packed_attention import packed_attention
-from luthier.compute.pieces import Insert, gated, local
+from luthier.compute.pieces import Insert, gated, is_scale, local
 from luthier.compute.products import Linear, type_around
 from luthier.compute.tape import Piece
 from luthier.methods.changes import Changed, stock_class
-from luthier.methods.inserts import Sequential
+from luthier.methods.inserts import Parallel, Sequential
 
 Step = nn.Module | Call
 
@@ -54,27 +54,27 @@ class _Reader:
     def __init__(self, block: Block, steps: Sequence[Step], turned: int, shifted: bool, dtype: torch.dtype | None, learning: bool):
         self.sites = {role: site.module for role, site in block.sites.items()}
         self.left = [step for step in steps if not isinstance(step, nn.Identity) and step is not self.sites.get("attention.bias")]
-        self.inserts = {m.body for m in block.module.modules() if isinstance(m, Sequential)}
+        self.inserts, self.parallel = ({m.body for m in block.module.modules() if isinstance(m, kind)} for kind in (Sequential, Parallel))
         self.turned, self.shifted, self.dtype, self.learning = turned, shifted, dtype, learning
         self.causal = False
         self.kind = type_around(dtype, self.sites["attention.output"])
 
     def block(self) -> FusedBlock:
         names = [name for name in ("attention", "cross_attention", "mlp") if f"{name}.output" in self.sites or name == "mlp"]
-        norms, sublayers, afters = [self.norm()], [], []
+        opening = self.norm()
+        early = opening is not None  # norms stand before the sublayers
+        sublayers = []
         for name in names:
-            pieces = self.mlp() if name == "mlp" else self.attention(name)
-            inserts, after = self.behind()
-            sublayers.append([*pieces, *inserts])
-            afters.append(after)
-            norms.append(self.norm())
-        require(not self.left and (norms[0] is None) != (norms[-1] is None) and None not in norms[1:-1])
-        late = norms[0] is None  # norms stand behind the sublayers
-        joins = [join((), norms[0], False, self.kind, first=True)]
-        for name, after, norm in zip(names, afters, norms[1:], strict=True):
-            last = name == names[-1]
-            joins.append(join(after, norm, late or last, self.kind, last=last))
-        return FusedBlock(joins, sublayers, self.causal)
+            pieces, last = self.mlp() if name == "mlp" else self.attention(name), name == names[-1]
+            inserts = [local(Insert(step, self.kind)) for step in self.while_in(self.inserts)]
+            within = [local(Insert(step, self.kind)) for step in self.while_in(self.parallel)]
+            after = self.after()
+            beside = [local(Insert(step, self.kind)) for step in self.while_in(self.parallel)]
+            norm = self.norm()
+            require((norm is None) == (early and last))
+            sublayers.append(Sublayer([*pieces, *inserts], join(after, norm, last or not early, self.kind, last=last), within, beside))
+        require(not self.left)
+        return FusedBlock(join((), opening, False, self.kind, first=True), sublayers, self.causal)
 
     def attention(self, name: str) -> list[Piece]:
         query, key, value, output = (self.sites[f"{name}.{part}"] for part in ("query", "key", "value", "output"))
@@ -110,16 +110,20 @@ class _Reader:
         """Of one or more modules that read the same."""
         together = list(dict.fromkeys(modules))
         for module in together:
-            require(stock_class(module) in (nn.Linear, Conv1D) and not (isinstance(module, Changed) and any(change.method.draws for change in module.changes())))
+            require(stock_class(module) in (nn.Linear, Conv1D) and not (isinstance(module, Changed) and any(change.method.draws and not change.method.input_dropout for change in module.changes())))
         return Linear(together, self.dtype, self.learning)
 
-    def behind(self) -> tuple[list[Piece], list[nn.Module]]:
-        """What follows a sublayer's last product: inserts, and from the first dropout or scale on, what joins."""
+    def after(self) -> list[nn.Module]:
+        """What a sublayer's answer goes through where it joins: dropout, scales, and inserts behind them."""
         steps: list[Any] = []
-        while self.left and (type(self.left[0]) is nn.Dropout or _scales(self.left[0]) or self.left[0] in self.inserts):
+        while self.left and (type(self.left[0]) is nn.Dropout or is_scale(self.left[0]) or self.left[0] in self.inserts):
             steps += [Insert(step, self.kind) if step in self.inserts else step for step in self.take(1)]  # type: ignore[arg-type]
-        inserts = list(itertools.takewhile(lambda step: isinstance(step, Insert), steps))
-        return [local(insert) for insert in inserts], steps[len(inserts) :]
+        return steps
+
+    def while_in(self, bodies: set[nn.Module]) -> list[nn.Module]:
+        taken = list(itertools.takewhile(bodies.__contains__, self.left))
+        self.take(len(taken))
+        return taken  # type: ignore[return-value]
 
     def norm(self) -> nn.Module | None:
         return self.take(1)[0] if self.left and isinstance(self.left[0], nn.Module) and is_norm(self.left[0]) else None  # type: ignore[return-value]
@@ -139,11 +143,6 @@ def found(piece: Piece | None) -> Piece:
     if piece is None:
         raise Unreadable
     return piece
-
-
-def _scales(step: Step) -> bool:
-    """A learnt factor for each channel, the same in training and out of it."""
-    return isinstance(step, nn.Module) and not is_norm(step) and [p.dim() for p in step.parameters()] == [1]
 
 
 def _has_numbers(module: Step) -> bool:

@@ -94,6 +94,8 @@ class Tape:
     def back(self, piece: Piece, d: Any) -> Any:
         """The gradient of what `piece` read, or None where nothing below it learns. Pieces are gone through in the reverse order."""
         below, start = self._left.pop()
+        if not below and not any(self.wants[piece]):  # what stood beside it learns
+            return None
         kept = tuple(self.kept[start:])
         del self.kept[start:]
         d_x, self.gradients[piece] = piece.backward(d, kept, self.inputs[piece], (below, *self.wants[piece]), self)

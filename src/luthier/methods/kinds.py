@@ -128,6 +128,11 @@ class WeightChange(Method):
         """Whether `forward` draws random numbers in training, so that nothing else may stand in for it there."""
         return getattr(self, "dropout", 0) > 0
 
+    @property
+    def input_dropout(self) -> float:
+        """Of a change that has `factors`: the share of the inputs of A that `forward` drops in training, if that is all that it draws."""
+        return 0.0
+
     @abstractmethod
     def create(self, weight: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
         """Learnt tensors at their start, float32. `weight` (out, in) may lie on the meta device: use its shape only."""

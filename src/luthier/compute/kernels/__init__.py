@@ -43,6 +43,7 @@ SIGNATURES = {
     **dict.fromkeys(("round_rows", "spread_rows"), "nnppp"),  # float32 only, as are the next two
     "squares": "npppp",
     "adamw": "npp" + "pppppppp" + "rrrrrr",
+    "drop": "nppr" + "p",
     **dict.fromkeys(ACTIVATIONS, "nppp"),
     **{f"gated_{name}": "nnppp" for name in ACTIVATIONS},
 }

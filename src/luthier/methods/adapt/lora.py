@@ -49,5 +49,9 @@ class LoRA(WeightChange):
         low = torch.nn.functional.dropout(x, self.dropout, training) @ params["a"].T
         return base(x) + self.alpha / self.r * (low @ params["b"].T)
 
+    @property
+    def input_dropout(self):
+        return self.dropout
+
     def factors(self, params):
         return params["a"], params["b"], self.alpha / self.r
