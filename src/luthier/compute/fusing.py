@@ -68,14 +68,14 @@ class Fusing:
             self.found = (self.remember and _recalled(self.model, self.dtype)) or self._find_out({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) > 1 else x for name, x in kwargs.items()})
             self.running = Running(self.found, self.recompute)
             self.running.replace()
-            if self.remember and self.found.pack:
+            if self.remember and self.found.take_packed_rows:
                 _remembered[self.model] = _Known(self.dtype, _references(self.model), _numbers(self.found), self.found)
             if self.narrow and self.dtype == torch.bfloat16 and CAN_BE_NARROW and kernel("adamw", torch.float32):
                 self.narrowed = self._read_once()
                 for weight in self.narrowed:
                     take_gradients_in(weight, torch.bfloat16)
             self.then(self.found.fused)
-        if usual and self.found.pack:
+        if usual and self.found.take_packed_rows:
             self.running.begin(kwargs)
 
     @property
@@ -107,7 +107,7 @@ class Fusing:
                 answer = None
                 for candidates in (by_themselves, set[nn.Module]()):
                     blocks.packed = candidates
-                    if blocks.pack and (answer := self._same(blocks, inputs)) is not None:
+                    if blocks.take_packed_rows and (answer := self._same(blocks, inputs)) is not None:
                         break
                 if answer is None:
                     return plain

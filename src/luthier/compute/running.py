@@ -49,8 +49,8 @@ class Blocks:
     leaves: str | None = None
 
     @property
-    def pack(self) -> bool:
-        """Whether any of them takes packed rows."""
+    def take_packed_rows(self) -> bool:
+        """Whether any of them does."""
         return bool(self.fused or self.packed)
 
     def mask(self, stack: str | None, inputs: dict[str, Any]) -> Tensor | None:
@@ -78,9 +78,9 @@ class Running:
         masks = {stack: self.blocks.mask(stack, inputs) for stack in self.blocks.stacks}
         if any(mask is not None and mask.dim() != 2 for mask in masks.values()):
             return
-        found = {stack: Packing.of(mask) for stack, mask in masks.items() if mask is not None}
-        self.packings = {stack: packing for stack, packing in found.items() if packing}
-        self.active = len(found) == len(self.packings)
+        found = {id(mask): Packing.of(mask) for mask in masks.values() if mask is not None}  # two stacks may share one
+        self.active = all(found.values())
+        self.packings = {stack: packing for stack, mask in masks.items() if (packing := found.get(id(mask)))}
 
     def clear(self) -> None:
         """Between two forward passes."""
