@@ -43,6 +43,7 @@ def drawn(like: Tensor, p: float) -> Tensor:
 def dropped(x: Tensor, chance: Tensor, p: float, out: Tensor | None = None) -> Tensor:
     """x with those elements at 0 and the others scaled, which is its own gradient's way too. out: where to write, which may be x"""
     if run := kernel("drop", x.dtype):
+        x = x.contiguous()
         out = torch.empty_like(x) if out is None else out
         run(x.numel(), memory(x), memory(chance), p, memory(out))
         return out

@@ -23,12 +23,13 @@ _mkldnn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() and hasattr(t
 
 @dataclass(frozen=True)
 class _Place:
-    """Of a low-rank change: its first row among all outputs, its scale and rank, and the share of its inputs that it drops."""
+    """Of a low-rank change: its first row among all outputs, its scale and rank, the share of its inputs that it drops, and whether it does now."""
 
     start: int
     scale: float
     rank: int
     p: float
+    drops: bool
 
 
 class Linear(Piece):
@@ -65,7 +66,7 @@ class Linear(Piece):
         for start, change in self._changes():
             if (found := change.method.factors(change)) is not None:
                 a, b, scale = found
-                self.places.append(_Place(start, scale, len(a), change.method.input_dropout if change.training else 0.0))
+                self.places.append(_Place(start, scale, len(a), p := change.method.input_dropout, change.training and p > 0))
                 factors += a, b
         weights, biases = self._own() if self.changing else ((), ())
         return *weights, *biases, *factors
@@ -76,7 +77,7 @@ class Linear(Piece):
         read = x.to(self.dtype)
         down, up = self._low_rank(factors)
         y = self._product(read, weight, bias)
-        low, chances = None, [drawn(read, place.p) if place.p else None for place in self.places]
+        low, chances = None, [drawn(read, place.p) if place.drops else None for place in self.places]
         if down is not None and up is not None:
             lows = [(read if chance is None else dropped(read, chance, place.p)) @ own.T for _, own, place, chance in self._of_changes(None, down, chances)]
             low = lows[0] if len(lows) == 1 else torch.cat(lows, 1)
