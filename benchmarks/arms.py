@@ -24,6 +24,7 @@ MODULES = {
     "trainer_on_pictures": "peers",
     "trainer_on_random_net": "peers",
     "sentence_transformers": "peers",
+    "openvino": "peers",
 }
 
 

@@ -91,7 +91,7 @@ def _vision(own: Entries, found: Entries) -> list[str]:
 
 
 def _encode(own: Entries, found: Entries) -> list[str]:
-    return ["### 2,000 sentences into vectors", "", "The first 1,000 of `glue_stsb` and the last 1,000 of `glue_mrpc`; `sentence-transformers` is its own `encode`, which sorts by length too.", "", *encoding(own, found)]
+    return ["### 2,000 sentences into vectors", "", "The first 1,000 of `glue_stsb` and the last 1,000 of `glue_mrpc`; `sentence-transformers` is its own `encode`, which sorts by length too; in int8 it is that of its OpenVINO backend, in an environment of its own (it needs an older transformers), whose peak of memory is with making the int8 model.", "", *encoding(own, found)]
 
 
 def _start(own: Entries, found: Entries) -> list[str]:

@@ -8,7 +8,7 @@
     two_stacks  training all of a small random T5
     vision    LoRA on pictures, through luthier.apply
     profile   where the time of such a step goes; profile_decoder: of a step of the Llama
-    encode    2,000 sentences into vectors, against sentence-transformers
+    encode    2,000 sentences into vectors, against sentence-transformers; its OpenVINO backend where OPENVINO_PYTHON names the Python of an environment that has it
     start     from the start of the process to the end of the first step
     busy      LoRA alone, and beside a process that keeps the same cores busy
     gpu       LoRA and full training of a random BERT base and a random Llama of 1.2 billion parameters, on the first GPU
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -110,10 +111,15 @@ def measure(label: Found, benchmark: Benchmark, given: Mapping[str, Any]) -> Fou
     from luthier.machine.setting import pristine_environment
 
     steps = benchmark.steps and benchmark.warm_up + benchmark.steps
-    arguments = {**label, "seed": label[benchmark.count], "steps": steps, **given, **(benchmark.given or {}), **{**PEERS, **benchmark.arms}[label["arm"]]}
+    arm = {**PEERS, **benchmark.arms}[label["arm"]]
+    python = os.environ.get(arm["python"]) if "python" in arm else sys.executable
+    if python is None:
+        print(f"{label['arm']}: left out, as {arm['python']} is not set", file=sys.stderr)
+        return None
+    arguments = {**label, "seed": label[benchmark.count], "steps": steps, **given, **(benchmark.given or {}), **arm}
     with _company(label.get("beside", BESIDE[0])):
         started = time.perf_counter()  # the clock of all processes
-        done = subprocess.run([sys.executable, "-W", "ignore", str(HERE / "arms.py"), json.dumps(arguments)], capture_output=True, text=True, check=False, env=pristine_environment())
+        done = subprocess.run([python, "-W", "ignore", str(HERE / "arms.py"), json.dumps(arguments)], capture_output=True, text=True, check=False, env=pristine_environment())
     if done.returncode:
         print(f"{label['arm']}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
         return None

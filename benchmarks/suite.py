@@ -14,6 +14,7 @@ from inputs import Inputs
 Found = dict[str, Any]
 BEST = "Trainer's fastest"  # stands for the arm of Trainer that `speed` found fastest on this machine, for this method or else for LoRA
 PLAIN = "luthier fp32 through F.linear"
+OPENVINO = "OPENVINO_PYTHON"  # names the Python of an environment with sentence-transformers[openvino], nncf and datasets, which need an older transformers
 BESIDE = ("nothing", "a busy process")
 
 
@@ -99,7 +100,7 @@ SUITE = {
     "profile_decoder": Benchmark({"luthier": {"arm": "profile"}}, [{"method": "full"}], inputs.instructions, _shares, steps=24, given={"batch": 16, "epochs": 1}, rounds=1),
     "encode": Benchmark(
         {f"{name} {precision}": {"arm": arm, "precision": precision} for precision in ("fp32", "bf16") for name, arm in (("sentence-transformers", "sentence_transformers"), ("luthier", "encode"))}
-        | {"luthier int8": {"arm": "encode", "precision": "int8"}, PLAIN: {"arm": "encode", "precision": "fp32", "onednn": False}},
+        | {"sentence-transformers int8": {"arm": "openvino", "python": OPENVINO}, "luthier int8": {"arm": "encode", "precision": "int8"}, PLAIN: {"arm": "encode", "precision": "fp32", "onednn": False}},
         [{"method": "encode"}],
         inputs.pairs,
         _vectors,
