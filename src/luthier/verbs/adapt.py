@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier import compute, machine
+from luthier import machine
 from luthier.errors import UserError
 from luthier.methods import loading, saving
 from luthier.methods.engine import Fitted, install
@@ -60,8 +60,7 @@ def adapt(
     device = _own_device(machine.choose_device(device))
     folder = RunFolder(out) if leads else Followed(out)
     folder.check(overwrite=overwrite, resume=resume, reads=[recipe.model, *loading.chain(recipe.model), *([recipe.data] if rows is None else [])])
-    compute.ready(console.say)
-    job = prepare(recipe, rows, device)
+    job = prepare(recipe, rows, device, console.say)
     if resume:
         _keep_precision(job, folder.partial, device)
     report = preflight.examine(job, folder.path, device)

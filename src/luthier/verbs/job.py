@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from luthier import machine
+from luthier import compute, machine
 from luthier.anatomy import Anatomy
 from luthier.data import checks
 from luthier.data.columns import apply, assign
@@ -79,8 +79,8 @@ class Job:
         return loading.read_record(self.start.path) is not None
 
 
-def prepare(recipe: Recipe, data: Any = None, device: str = "cpu") -> Job:
-    """Read and type the rows, fix the task, check the plan. `data` overrides the recipe's path by an object. Raises UserError; writes nothing."""
+def prepare(recipe: Recipe, data: Any, device: str, say: Callable[[str], None]) -> Job:
+    """Read and type the rows, fix the task, check the plan. `data` overrides the recipe's path by an object; `say` hears what takes long. Raises UserError; writes nothing."""
     stack = parse(recipe.method or defaults.method().value)
     if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
@@ -127,6 +127,7 @@ def prepare(recipe: Recipe, data: Any = None, device: str = "cpu") -> Job:
         "epochs": Chosen(recipe.epochs, "given") if recipe.epochs is not None else defaults.epochs(len(splits.train), recipe.batch_size, task.steps),
         "warmup": Chosen(recipe.warmup, "given") if recipe.warmup is not None else defaults.warmup(),
     }
+    compute.ready(say)  # last, as it may take some seconds, and what is wrong with the rest is known by now
     precision, why = machine.choose_precision(recipe.precision, device)
     notes.append(f"precision {precision}: {why}")
     sources = [str(data if isinstance(data, str) else recipe.data)]
