@@ -80,9 +80,9 @@ def _decoder(own: Entries, found: Entries) -> list[str]:
 def _two_stacks(own: Entries, found: Entries) -> list[str]:
     text = (
         f"`full` of a random T5 (six and six blocks, width 512, gated, 8,192 tokens of its own) that classifies the short rows ({own[0]['tokens']:.0f} tokens on average), {_settings('two_stacks')}. "
-        "Its decoder reads the row once more; transformers gives it no mask, and so computes its padding even where attention would not see it."
+        "Its decoder reads the row once more; transformers gives it no mask, and so computes its padding even where attention would not see it. Tokens are those of the rows, without padding, each counted once."
     )
-    return ["### An encoder with a decoder", "", text, "", *compared(own, EXAMPLES), *limit(own, found, 3, EXAMPLES)]
+    return ["### An encoder with a decoder", "", text, "", *compared(own, TOKENS), *limit(own, found, 3, TOKENS, "A token", lambda entry: entry["tokens"])]
 
 
 def _vision(own: Entries, found: Entries) -> list[str]:
