@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from luthier import UserError, compute
+from luthier.compute import packed_pass
 from luthier.contract.texts import tiny_rows, tiny_tokenizer
 from luthier.contract.tiny import tiny_model
 from luthier.data.rows import Row, Rows
@@ -94,10 +95,13 @@ def test_the_loop_is_a_plain_adamw_loop(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("micro", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_size": 7}, {"micro_batch_tokens": 40}], ids=str)
-def test_a_split_batch_is_the_batch(kind: type[Task], micro: dict[str, int], tmp_path: Path) -> None:
+def test_a_split_batch_is_the_batch(kind: type[Task], micro: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 x 1, 3 + 3 + 2, 7 + 1 and pieces of up to 40 tokens give what 1 x 8 gives, where rows have unequal numbers of supervised units."""
     whole, result = train(tmp_path / "a", SETTINGS, kind)
+    pieces: list[int] = []
+    monkeypatch.setattr(kind, "loss", lambda self, model, batch, loss=kind.loss: pieces.append(len(batch.inputs["input_ids"])) or loss(self, model, batch))
     split, again = train(tmp_path / "b", replace(SETTINGS, **micro), kind)  # type: ignore[arg-type]
+    assert sum(pieces) == 5 * 8 and len(pieces) > 5, "batches went through in pieces"
     for name in whole:
         torch.testing.assert_close(split[name], whole[name], rtol=0, atol=1e-6)
     for one, other in zip(result.history, again.history, strict=True):
@@ -223,8 +227,10 @@ def test_resuming_anywhere_is_exact(settings: TrainingSettings, tmp_path: Path) 
     assert [h["loss"] for h in result.history] == [h["loss"] for h in again.history]
 
 
-def test_a_run_that_needed_too_much_goes_on_with_gradient_checkpointing(tmp_path: Path) -> None:
-    """To the bit, with dropout on."""
+def test_a_run_that_needed_too_much_goes_on_with_gradient_checkpointing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, with dropout on, and each block of each step runs once more."""
+    again: list[object] = []
+    monkeypatch.setattr(packed_pass, "recomputed", lambda function, plain=packed_pass.recomputed: again.append(function) or plain(function))
     settings = replace(SETTINGS, max_steps=8, checkpoint_every=0.0)
     whole, _ = train(tmp_path / "whole", settings, dtype=torch.float32, dropout=True)
     model, task, rows, features = setup(dropout=True)
@@ -234,7 +240,9 @@ def test_a_run_that_needed_too_much_goes_on_with_gradient_checkpointing(tmp_path
     trainer._step = lambda batch, number: step(batch, number) if number < 4 else (_ for _ in ()).throw(MemoryError)  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
         trainer.fit()
+    assert not again
     resumed, _ = train(tmp_path / "broken", replace(settings, gradient_checkpointing=True), dtype=torch.float32, dropout=True, resume=True)
+    assert len(again) == 4 * 3, "four steps, three blocks"
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -17,9 +17,9 @@ from luthier.compute import attention, reading
 from luthier.compute.adamw import CAN_BE_NARROW, take_gradients_in
 from luthier.compute.block import FusedBlock
 from luthier.compute.kernels import kernel
+from luthier.compute.packed_pass import TURNS, UNUSUAL, Blocks, Running
 from luthier.compute.products import Linear
 from luthier.compute.reading import Step
-from luthier.compute.running import TURNS, UNUSUAL, Blocks, Running
 from luthier.errors import UserError
 from luthier.methods.changes import Changed
 from luthier.methods.inserts import Parallel, Sequential
